@@ -1,0 +1,70 @@
+"""What the engine tells an observer: plain values, called on the engine thread, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from service.engine.sequence import FinishReason, SequenceTimings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One engine step.
+
+    Attributes:
+        kind: `prefill` if all tokens were prompt tokens, `decode` if none was, else `mixed`.
+        seconds: schedule to commit, monotonic.
+        num_sequences, num_tokens: what the forward held.
+        num_prompt_tokens: of those, prompt tokens.
+        num_sampled: tokens sampled.
+        inter_token_s: for each sampled token but a sequence's first, seconds since the one before.
+        first_token_s: for each sequence whose first token this was, seconds since submit.
+        queue_s: for each sequence first scheduled in this step, seconds since submit.
+    """
+
+    kind: Literal["prefill", "decode", "mixed"]
+    seconds: float
+    num_sequences: int
+    num_tokens: int
+    num_prompt_tokens: int
+    num_sampled: int
+    inter_token_s: tuple[float, ...]
+    first_token_s: tuple[float, ...]
+    queue_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """Gauges, read at any time from any thread.
+
+    Attributes:
+        num_running, num_waiting: sequences.
+        num_kv_blocks, num_free_kv_blocks: KV blocks of `block_size` tokens each.
+        kv_cache_bytes: bytes allocated for KV blocks.
+        last_step_at: Unix time of the last finished step; None before the first.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    last_step_at: float | None
+
+
+class EngineObserver(Protocol):
+    """Receives engine events; must be quick and must not raise."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """After each step."""
+
+    def on_step_error(self) -> None:
+        """A forward raised; sequences are then retried one by one."""
+
+    def on_nonfinite(self) -> None:
+        """A sequence had NaN or infinite logits."""
+
+    def on_finished(self, reason: FinishReason, timings: SequenceTimings) -> None:
+        """With each terminal event."""

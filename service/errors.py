@@ -1,0 +1,131 @@
+"""Every exception that Pennyweight raises on purpose.
+
+    PennyweightError
+    |-- SettingError            a flag, variable or configuration file is wrong     exit 2
+    |   `-- RecipeError         a quantization recipe is wrong                      exit 2
+    |-- ModelError              the model cannot be served                          exit 1
+    |   |-- ModelNotFound       no such directory, repository or revision
+    |   |-- UnsupportedModel    a model that this version cannot serve correctly
+    |   |-- CheckpointError     files that are missing, damaged or do not fit
+    |   `-- QuantizationError   a weight that cannot be quantized
+    `-- RequestError            a request is refused or fails                       its HTTP status
+        |-- InvalidRequest      400
+        |   |-- PromptTooLong   400
+        |   `-- BodyTooLarge    413
+        |-- NotFound            404 unknown model or route
+        |-- MethodNotAllowed    405
+        |-- QueueFull           429, with Retry-After
+        |-- Unavailable         503, loading or draining, with Retry-After
+        `-- EngineFailure       500, the step that held this request failed
+
+A message has the offending value, the rule and the remedy, in that order.
+"""
+
+from __future__ import annotations
+
+
+class PennyweightError(Exception):
+    """Base of all errors below; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class SettingError(PennyweightError):
+    """A flag, an environment variable or a configuration file has a wrong name or value."""
+
+    exit_code = 2
+
+
+class RecipeError(SettingError):
+    """A quantization recipe is unknown, impossible, or has a pattern that matches nothing."""
+
+
+class ModelError(PennyweightError):
+    """The model cannot be loaded or served."""
+
+
+class ModelNotFound(ModelError):
+    """No such local directory, hub repository or revision."""
+
+
+class UnsupportedModel(ModelError):
+    """A model that this version cannot serve correctly: an encoder, an already quantized checkpoint, ..."""
+
+
+class CheckpointError(ModelError):
+    """Checkpoint files are missing, damaged, or do not match the config."""
+
+
+class QuantizationError(ModelError):
+    """A weight cannot be quantized: wrong number of dimensions, NaN or infinity."""
+
+
+class RequestError(PennyweightError):
+    """A request is refused or fails. Rendered as the OpenAI error envelope.
+
+    Args:
+        message: value, rule and remedy; sent to the client as it is.
+        param: the request field at fault, or None.
+        code: a short machine-readable name, or None.
+    """
+
+    status = 500
+    type = "server_error"
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is wrong."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt plus requested tokens exceed the context, or what the KV memory holds."""
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body exceeds `--max-body-bytes`."""
+
+    status = 413
+
+
+class NotFound(RequestError):
+    """Unknown model or route."""
+
+    status = 404
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists and does not take this HTTP method."""
+
+    status = 405
+    type = "invalid_request_error"
+
+
+class QueueFull(RequestError):
+    """As many requests wait as `--max-queue` allows."""
+
+    status = 429
+    type = "rate_limit_error"
+    retry_after_s = 1
+
+
+class Unavailable(RequestError):
+    """The service is loading, draining or failed."""
+
+    status = 503
+    type = "unavailable_error"
+    retry_after_s = 1
+
+
+class EngineFailure(RequestError):
+    """The engine could not compute this request; others are not affected."""

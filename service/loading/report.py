@@ -1,0 +1,97 @@
+"""The load report: what quantization did to each layer, and what the load cost. Plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """One linear or embedding weight.
+
+    Attributes:
+        name: full module name.
+        shape: (out_features, in_features) of the weight.
+        scheme: canonical scheme, `none` if it stayed as it was.
+        reason: why it has this scheme, in words, where that is not simply the recipe's; else "".
+        bytes: codes, scales and zero points, or the unquantized weight; 0 if it shares another layer's storage.
+        bits_per_weight: 8 * bytes of its storage / number of weights.
+        relative_error: ||w - w'|| / ||w||, Frobenius; 0 for `none`.
+        sqnr_db: -20 log10(relative_error); None where the error is 0.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    reason: str
+    bytes: int
+    bits_per_weight: float
+    relative_error: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBytes:
+    """Bytes of all parameters and persistent buffers, tied tensors once.
+
+    Attributes:
+        codes: packed codes, padding included.
+        scales: scales, zero points and offsets.
+        unquantized: everything else.
+    """
+
+    codes: int
+    scales: int
+    unquantized: int
+
+    @property
+    def total(self) -> int:
+        """All three kinds."""
+        return self.codes + self.scales + self.unquantized
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What `GET /v1/quantization` shows and the weight metrics export.
+
+    Attributes:
+        recipe: canonical text of the whole recipe.
+        scheme: the `scheme` metric label: the canonical scheme, or `mixed-` and 8 hex digits.
+        dtype: serving dtype, such as `bfloat16`.
+        device: `cpu` or `cuda`.
+        kernel: name of the kernel path in use, such as `torch`.
+        revision: hub commit, or "local".
+        weight_bytes: by kind.
+        original_bytes: what scheme `none` would hold at the serving dtype, tied tensors once.
+        num_parameters: number of weights of the original model, tied tensors once.
+        phase_seconds: wall seconds by phase (`read`, `quantize`, `pack`, `install`, `probe`).
+        total_seconds: first byte read to last buffer filled.
+        peak_bytes: peak resident bytes of the process until ready by place (`host`, `device`).
+        resident_before_bytes: resident bytes of the process when the load began.
+        layers: one row per linear or embedding weight.
+    """
+
+    recipe: str
+    scheme: str
+    dtype: str
+    device: str
+    kernel: str
+    revision: str
+    weight_bytes: WeightBytes
+    original_bytes: int
+    num_parameters: int
+    phase_seconds: dict[str, float]
+    total_seconds: float
+    peak_bytes: dict[str, int]
+    resident_before_bytes: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def saving_ratio(self) -> float:
+        """1 - weight bytes / original bytes; negative if quantization cost memory."""
+        return 1 - self.weight_bytes.total / self.original_bytes
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """8 * weight bytes / number of parameters."""
+        return 8 * self.weight_bytes.total / self.num_parameters
