@@ -1,0 +1,23 @@
+"""The application factory: all routes around one `ServiceState`, to run under any ASGI server."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from service import __version__
+from service.api.admin import admin_router
+from service.api.completions import completions_router
+from service.api.errors import install_error_handlers
+from service.api.generate import generate_router
+from service.api.middleware import RequestMiddleware
+from service.api.state import ServiceState
+
+
+def create_application(state: ServiceState, *, max_body_bytes: int) -> ASGIApp:
+    """Build the ASGI application; it answers at once, whatever `state` has to offer yet."""
+    app = FastAPI(title="Pennyweight", version=__version__, docs_url=None, redoc_url=None)
+    install_error_handlers(app)
+    for router in (completions_router(state), generate_router(state), admin_router(state)):
+        app.include_router(router)
+    return RequestMiddleware(app, metrics=state.metrics, max_body_bytes=max_body_bytes)

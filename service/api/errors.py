@@ -1,0 +1,139 @@
+"""The OpenAI error envelope on every error, whoever raised it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.errors import BodyTooLarge, EngineFailure, InvalidRequest, MethodNotAllowed, NotFound, RequestError
+
+logger = logging.getLogger(__name__)
+
+_MAX_ERRORS = 8
+_MAX_FIELD_CHARACTERS = 64
+_MAX_MESSAGE_CHARACTERS = 200
+_CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field", "not_supported": "not_supported"}
+_MESSAGES = {"extra_forbidden": "unknown field; remove it", "missing": "is missing; send it"}
+_CLIENT_GONE_STATUS = 499
+
+
+class ClientDisconnected(Exception):  # noqa: N818 - no error of ours: the client has left
+    """The client has closed its connection; nobody reads an answer."""
+
+
+class BodyLimitExceeded(HTTPException):
+    """A body without a stated length passed the limit; the framework lets an HTTPException through its parser."""
+
+    def __init__(self, error: BodyTooLarge) -> None:
+        super().__init__(error.status)
+        self.error = error
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_bytes(error: RequestError) -> bytes:
+    """The envelope as ASCII JSON, so that no text of a request can break it."""
+    return json.dumps(error_body(error), ensure_ascii=True).encode("ascii")
+
+
+def error_headers(error: RequestError) -> dict[str, str]:
+    """When a client may try again; by default the official ones retry every 408 and 5xx."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
+    elif error.status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.status == HTTPStatus.REQUEST_TIMEOUT:
+        headers["x-should-retry"] = "false"
+    if isinstance(error, BodyTooLarge):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    return headers
+
+
+def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as HTTP."""
+    return Response(
+        error_bytes(error),
+        status_code=error.status,
+        media_type="application/json",
+        headers=error_headers(error) | dict(headers or {}),
+    )
+
+
+def validation_error(errors: Sequence[Any]) -> InvalidRequest:
+    """What a client is told about a body that does not fit its schema; its values are not repeated."""
+    if errors[0]["type"] == "json_invalid":
+        reason = str(errors[0].get("ctx", {}).get("error", "no JSON"))[:_MAX_MESSAGE_CHARACTERS]
+        return InvalidRequest(f"the body is not valid JSON: {reason}; correct it", code="invalid_json")
+    lines = []
+    for error in errors[:_MAX_ERRORS]:
+        message = _MESSAGES.get(error["type"], error["msg"])[:_MAX_MESSAGE_CHARACTERS]
+        lines.append(f"{_field(error) or 'the body'}: {message}")
+    code = _CODES.get(errors[0]["type"], "invalid_value")
+    return InvalidRequest("; ".join(lines), param=_field(errors[0]) or None, code=code)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of an application an envelope."""
+
+    @app.exception_handler(RequestError)
+    async def on_request_error(request: Request, error: RequestError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+        content_type = request.headers.get("content-type")
+        media_type = (content_type or "").partition(";")[0].strip().lower()
+        if media_type != "application/json" and not media_type.endswith("+json"):
+            given = (
+                "no Content-Type" if content_type is None else f"Content-Type {media_type[:_MAX_FIELD_CHARACTERS]!r}"
+            )
+            return error_response(
+                InvalidRequest(
+                    f"the body has {given}; it must be JSON; send the header Content-Type: application/json",
+                    code="invalid_content_type",
+                )
+            )
+        return error_response(validation_error(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        return error_response(_from_http(request, error), error.headers)
+
+    @app.exception_handler(ClientDisconnected)
+    async def on_disconnect(request: Request, error: ClientDisconnected) -> Response:
+        return Response(status_code=_CLIENT_GONE_STATUS)
+
+    @app.exception_handler(Exception)
+    async def on_defect(request: Request, error: Exception) -> Response:
+        return error_response(EngineFailure("the service failed on this request; it is logged", code="internal_error"))
+
+
+def _from_http(request: Request, error: HTTPException) -> RequestError:
+    """An error that the web framework raised."""
+    if isinstance(error, BodyLimitExceeded):
+        return error.error
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        path = request.url.path[:_MAX_FIELD_CHARACTERS]
+        return NotFound(f"{path}: no such route; GET /openapi.json lists them", code="unknown_route")
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return MethodNotAllowed(f"this route does not take this method; use {allowed}", code="method_not_allowed")
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return InvalidRequest("the body is not valid JSON in UTF-8; correct it", code="invalid_json")
+    failure = RequestError(str(error.detail))
+    failure.status = error.status_code
+    return failure
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """Dotted name of a field; cut, as a client chose it."""
+    return ".".join(str(part) for part in error["loc"][1:])[:_MAX_FIELD_CHARACTERS]

@@ -1,0 +1,88 @@
+"""`POST /generate`: the native route, with token ids and timings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from service.api.generation import Delta, Generation, Result, open_stream
+from service.api.schemas import GenerateRequest, Prompt
+from service.api.state import ServiceState
+from service.engine.sequence import SequenceTimings
+from service.errors import InvalidRequest
+
+_PROMPT_FIELDS = ("prompt", "prompts", "token_ids")
+
+
+def generate_router(state: ServiceState) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+
+    @router.post("/generate", response_model=None)
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """Continue `prompt`, `token_ids`, or each of `prompts`; without `max_tokens` to the end of the context."""
+        generation = Generation(state, state.require_served(body.model))
+        prompts, param = _prompts_of(body)
+        head = {"model": state.model_name, "scheme": state.scheme}
+        is_streaming = False
+        try:
+            await generation.start(prompts, body, param=param, default_max_tokens=None)
+            generation.watch(request)
+            if body.stream:
+                stream = await open_stream(
+                    generation, render=lambda deltas: _events(head, deltas), last_event=lambda: b""
+                )
+                is_streaming = True
+                return stream
+            results = [head | _result(result) for result in await generation.results()]
+            return JSONResponse(results[0] if body.prompts is None else head | {"results": results})
+        finally:
+            if not is_streaming:
+                generation.close()
+
+    return router
+
+
+def _prompts_of(body: GenerateRequest) -> tuple[list[Prompt], str]:
+    """The prompts, and the field that holds them."""
+    given = [name for name in _PROMPT_FIELDS if getattr(body, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"{' and '.join(given) or 'no prompt'} given; send exactly one of prompt, prompts and token_ids",
+            param=given[-1] if given else "prompt",
+            code="invalid_value" if given else "missing_field",
+        )
+    value = getattr(body, given[0])
+    return (value if body.prompts is not None else [value]), given[0]
+
+
+def _result(result: Result) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "num_prompt_tokens": result.num_prompt_tokens,
+        "num_generated_tokens": len(result.token_ids),
+        "timings": _timings(result.timings),
+    }
+
+
+def _events(head: dict[str, str], deltas: list[Delta]) -> bytes:
+    """One event for each delta; the last of a choice has the reason, the timings and the scheme as well."""
+    return "".join(f"data: {json.dumps(_delta(head, delta))}\n\n" for delta in deltas).encode("ascii")
+
+
+def _delta(head: dict[str, str], delta: Delta) -> dict[str, Any]:
+    event = {"index": delta.index, "text": delta.text, "token_ids": delta.token_ids}
+    if delta.timings is None:
+        return event
+    return event | head | {"finish_reason": delta.finish_reason, "timings": _timings(delta.timings)}
+
+
+def _timings(timings: SequenceTimings) -> dict[str, float | None]:
+    """Seconds between named events; see `SequenceTimings`."""
+    return asdict(timings)

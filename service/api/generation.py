@@ -1,0 +1,284 @@
+"""The sequences of one HTTP request: submitted together, read together, aborted together."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.api.errors import ClientDisconnected, error_bytes
+from service.api.schemas import Prompt, SamplingFields
+from service.api.state import ServedModel, ServiceState
+from service.api.streams import Inbox
+from service.api.text import TextStream
+from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
+from service.errors import EngineFailure, InvalidRequest, PromptTooLong, QueueFull, RequestError, Unavailable
+
+_DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event brought for one choice.
+
+    Attributes:
+        finish_reason: `stop` or `length` in the last delta of a choice.
+        timings: with `finish_reason`.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    timings: SequenceTimings | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One choice as a whole."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+    timings: SequenceTimings
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    index: int
+    num_prompt_tokens: int
+    text: TextStream
+
+
+class Generation:
+    """Runs a request's prompts in the engine, one choice for each, and yields what comes back.
+
+    `close` must be called at the end, whatever happened: it aborts what still runs.
+    """
+
+    def __init__(self, state: ServiceState, served: ServedModel) -> None:
+        self._state = state
+        self._served = served
+        self._inbox = Inbox()
+        self._choices: dict[str, _Choice] = {}
+        self._open: set[str] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+
+    async def start(
+        self, prompts: Sequence[Prompt], fields: SamplingFields, *, param: str, default_max_tokens: int | None
+    ) -> None:
+        """Tokenize and submit all prompts.
+
+        `param` is the request's field that holds the prompts, for errors; `default_max_tokens` is taken where
+        the request has none, and None is the rest of the context.
+
+        Raises:
+            RequestError: a prompt is refused; `close` takes back the others.
+        """
+        codec = self._served.codec
+        all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
+        all_params = [self._sampling_params(fields, len(ids), param, default_max_tokens) for ids in all_ids]
+        request_id = uuid.uuid4().hex
+        for index, (prompt_ids, params) in enumerate(zip(all_ids, all_params, strict=True)):
+            sequence_id = f"{request_id}-{index}"
+            try:
+                self._served.engine.submit(sequence_id, prompt_ids, params)
+            except InvalidRequest as error:
+                error.param = param if error.param == "prompt" else error.param
+                raise
+            except (QueueFull, Unavailable) as error:
+                self._state.metrics.count_rejected("queue_full" if isinstance(error, QueueFull) else "unavailable")
+                raise
+            self._state.router.open(sequence_id, self._inbox)
+            self._open.add(sequence_id)
+            text = TextStream(codec, prompt_ids, fields.stop)
+            self._choices[sequence_id] = _Choice(index, len(prompt_ids), text)
+            self.num_prompt_tokens += len(prompt_ids)
+        self._state.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+
+    def watch(self, request: Request) -> None:
+        """Abort everything when the client leaves; the request's body must have been read."""
+        self._watcher = asyncio.create_task(self._abort_on_disconnect(request.receive))
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What each step brings, until all choices are finished.
+
+        Raises:
+            EngineFailure, Unavailable: a sequence ended badly.
+            ClientDisconnected: nobody is there to read the rest.
+        """
+        while self._open:
+            deltas = [delta for event in await self._inbox.take() if (delta := self._read(event)) is not None]
+            if deltas:
+                yield deltas
+
+    async def results(self) -> list[Result]:
+        """All choices as a whole; raises what `deltas` raises."""
+        deltas: list[list[Delta]] = [[] for _ in self._choices]
+        async for step in self.deltas():
+            for delta in step:
+                deltas[delta.index].append(delta)
+        return [
+            _join(parts, choice.num_prompt_tokens) for parts, choice in zip(deltas, self._choices.values(), strict=True)
+        ]
+
+    def close(self) -> None:
+        """Abort what still runs and forget it."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        for sequence_id in self._open:
+            self._state.router.close(sequence_id)
+            self._served.engine.abort(sequence_id, FinishReason.ABORT)
+        self._open.clear()
+
+    def _sampling_params(
+        self, fields: SamplingFields, num_prompt_tokens: int, param: str, default_max_tokens: int | None
+    ) -> SamplingParams:
+        context, vocab_size = self._served.max_model_len, self._served.vocab_size
+        if fields.top_k is not None and fields.top_k > vocab_size:
+            raise InvalidRequest(
+                f"top_k is {fields.top_k}; the vocabulary has {vocab_size} tokens; use 0 (all) to {vocab_size}",
+                param="top_k",
+                code="invalid_value",
+            )
+        rest = context - num_prompt_tokens
+        max_tokens = fields.max_tokens or max(1, rest if default_max_tokens is None else min(rest, default_max_tokens))
+        if max_tokens > rest:
+            raise PromptTooLong(
+                f"{num_prompt_tokens} prompt tokens and {max_tokens} new ones make {num_prompt_tokens + max_tokens}; "
+                f"the context is {context} tokens; shorten the prompt or lower max_tokens",
+                param=param if rest < 1 else "max_tokens",
+                code="context_length_exceeded",
+            )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if fields.temperature is None else fields.temperature,
+            top_k=fields.top_k or 0,
+            top_p=1.0 if fields.top_p is None else fields.top_p,
+            seed=fields.seed,
+            stop_token_ids=self._served.eos_token_ids,
+        )
+
+    async def _abort_on_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        for sequence_id in self._open:
+            self._served.engine.abort(sequence_id, FinishReason.ABORT)
+
+    def _read(self, event: SequenceEvent) -> Delta | None:
+        """Turn an event into text; None if there is nothing to tell.
+
+        Raises:
+            EngineFailure, Unavailable, ClientDisconnected: the sequence ended badly.
+        """
+        choice = self._choices[event.request_id]
+        text, token_ids, reason = "", event.token_ids, event.finish_reason
+        was_stopped = choice.text.stopped
+        if was_stopped:
+            token_ids = ()
+        elif token_ids:
+            text = choice.text.push(token_ids)
+            self.num_generated_tokens += len(token_ids)
+            self._state.metrics.generated_tokens.inc(len(token_ids))
+            if choice.text.stopped and reason is None:
+                self._served.engine.abort(event.request_id, FinishReason.STOP)
+        if reason is None:
+            return Delta(choice.index, text, token_ids, None, None) if token_ids else None
+        self._open.discard(event.request_id)
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise _failure(reason, event.error)
+        text += choice.text.finish()
+        reason = FinishReason.STOP if choice.text.stopped else reason
+        return Delta(choice.index, text, token_ids, str(reason), event.timings)
+
+
+class EventStream(Response):
+    """Server-sent events of a generation, ended by `[DONE]`; a failure is an event before it.
+
+    Args:
+        first: deltas that were already read, so that a failure before them could be an HTTP status.
+        render: makes the events of some deltas.
+        last_event: makes an event that follows all others; b"" for none.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        generation: Generation,
+        deltas: AsyncIterator[list[Delta]],
+        *,
+        first: list[Delta],
+        render: Callable[[list[Delta]], bytes],
+        last_event: Callable[[], bytes],
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers(_STREAM_HEADERS)
+        self._generation = generation
+        self._deltas = deltas
+        self._first = first
+        self._render = render
+        self._last_event = last_event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the response."""
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await self._write(send)
+                end = self._last_event()
+            except RequestError as error:
+                end = b"data: %b\n\n" % error_bytes(error)
+            except ClientDisconnected:
+                return
+            await send({"type": "http.response.body", "body": end + _DONE})
+        finally:
+            self._generation.close()
+
+    async def _write(self, send: Send) -> None:
+        if chunk := self._render(self._first):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async for deltas in self._deltas:
+            if chunk := self._render(deltas):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+async def open_stream(
+    generation: Generation, *, render: Callable[[list[Delta]], bytes], last_event: Callable[[], bytes]
+) -> EventStream:
+    """Wait for the first deltas of a started generation, then stream; raises what `Generation.deltas` raises."""
+    deltas = generation.deltas()
+    first = await anext(deltas)
+    return EventStream(generation, deltas, first=first, render=render, last_event=last_event)
+
+
+def _join(deltas: list[Delta], num_prompt_tokens: int) -> Result:
+    last = deltas[-1]
+    assert last.finish_reason is not None
+    assert last.timings is not None
+    return Result(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        finish_reason=last.finish_reason,
+        num_prompt_tokens=num_prompt_tokens,
+        timings=last.timings,
+    )
+
+
+def _failure(reason: FinishReason, error: str | None) -> Exception:
+    """Why a sequence has no proper end, as the client is told."""
+    if reason is FinishReason.ABORT:
+        return ClientDisconnected()
+    if reason is FinishReason.SHUTDOWN:
+        return Unavailable("the service shuts down before this request was finished; retry", code="shutdown")
+    return EngineFailure(f"{error or reason}; other requests are not affected", code=f"engine_{reason}")

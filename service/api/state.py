@@ -1,0 +1,107 @@
+"""What the routes share: the progress of the start, and the model once it is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.api.streams import EventRouter
+from service.api.text import TextCodec
+from service.engine.sequence import FinishReason, SamplingParams
+from service.engine.stats import EngineState
+from service.errors import NotFound, Unavailable
+from service.loading.progress import LoadProgress, Phase
+from service.loading.report import LoadReport
+from service.metrics import Metrics
+
+STALL_LIMIT_S = 60.0
+"""`/livez` fails when work is queued and no step was finished for so long."""
+
+
+class EngineHandle(Protocol):
+    """What the HTTP side uses of the engine; safe to call from any thread."""
+
+    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Accept a sequence, or raise a `RequestError`."""
+
+    def abort(self, request_id: str, reason: FinishReason = ...) -> None:
+        """End a sequence; its terminal event still comes."""
+
+    def state(self) -> EngineState:
+        """Read the gauges."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model that can take requests.
+
+    Attributes:
+        max_model_len: prompt and new tokens of one sequence, as far as context and KV memory allow.
+    """
+
+    engine: EngineHandle
+    codec: TextCodec
+    report: LoadReport
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class ServiceState:
+    """Owned by the event loop, which alone sets `served`; `progress` and `metrics` take care of themselves.
+
+    Attributes:
+        model_name: what clients call the model; known from the start.
+        scheme: the `scheme` label.
+        created: Unix seconds of the start.
+    """
+
+    model_name: str
+    scheme: str
+    metrics: Metrics
+    router: EventRouter
+    progress: LoadProgress = field(default_factory=LoadProgress)
+    served: ServedModel | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def phase(self) -> Phase:
+        """Where the service is in its life."""
+        return self.progress.phase
+
+    def require_served(self, model: str | None = None) -> ServedModel:
+        """The model, if it takes requests and is the one that a request names.
+
+        Raises:
+            NotFound: another model.
+            Unavailable: it is loading, draining or has failed.
+        """
+        self.check_model(model)
+        if self.served is None or self.phase is not Phase.READY:
+            phase = self.phase
+            self.metrics.count_rejected("draining" if phase is Phase.DRAINING else "loading")
+            raise Unavailable(
+                f"the service is in phase {phase}; it takes requests when /readyz answers 200; retry later",
+                code=str(phase),
+            )
+        return self.served
+
+    def check_model(self, model: str | None) -> None:
+        """Raise NotFound for a name that is not the served model's."""
+        if model is not None and model != self.model_name:
+            raise NotFound(
+                f"model {model!r} is not served here; this service has {self.model_name!r}; use it, or leave model out",
+                param="model",
+                code="model_not_found",
+            )
+
+    def is_stalled(self, limit_s: float = STALL_LIMIT_S) -> bool:
+        """Whether requests are open and no step was finished for `limit_s`."""
+        busy_since = self.router.busy_since
+        if self.served is None or busy_since is None:
+            return False
+        last_step_at = self.served.engine.state().last_step_at
+        return time.time() - max(busy_since, last_step_at or busy_since) > limit_s

@@ -1,0 +1,184 @@
+"""Text to token ids and back: the only user of the tokenizer.
+
+prompt text -> encode -> engine -> token ids -> Detokenizer -> StopMatcher -> text of a choice
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import pairwise
+
+from tokenizers import Tokenizer
+
+from service.errors import PromptTooLong
+
+_PRIMER_TOKENS = (4, 16)
+"""Fewest and most prompt tokens that give a Detokenizer its context."""
+_MAX_WINDOW_TOKENS = 256
+"""A Detokenizer holds back bytes that are no character for so many tokens at most."""
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextCodec:
+    """A model's tokenizer, with the bound that keeps its cost in proportion to the context.
+
+    Args:
+        tokenizer: as the model's files define it.
+        context_length: tokens of prompt and answer together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, context_length: int) -> None:
+        self.tokenizer = tokenizer
+        self._context_length = context_length
+        # In byte-level and sentencepiece vocabularies no token is longer in a text than in the vocabulary.
+        self.max_characters = context_length * max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
+
+    async def encode(self, text: str, *, param: str) -> list[int]:
+        """Token ids of a prompt, special tokens added as the model wants them; computed off the event loop.
+
+        Raises:
+            PromptTooLong: more characters than the context can hold whatever they are; nothing was tokenized.
+        """
+        if len(text) > self.max_characters:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters; {self._context_length} tokens, the context, hold at most "
+                f"{self.max_characters}; shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+        encoding = await asyncio.to_thread(self.tokenizer.encode, text)
+        return encoding.ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(token_ids)
+
+
+class Detokenizer:
+    """Token ids to text as they come; all pieces together are the text of all ids.
+
+    Decoding a token needs the ones before it (leading spaces, characters of several tokens), so a window
+    of ids is decoded with each push: those of the last piece, and those that followed. A trailing U+FFFD
+    may be the beginning of a character and is held back.
+
+    Args:
+        prompt_ids: what the text continues; an empty prompt gives the text as if nothing stood before it.
+    """
+
+    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int]) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        fewest, most = _PRIMER_TOKENS
+        for count in range(fewest, most + 1):
+            self._ids = list(prompt_ids[-count:])
+            primer = codec.decode(self._ids)
+            if primer and not primer.startswith(_REPLACEMENT):
+                break  # begins with a whole character
+        self._num_sent = len(primer)
+        self._num_context = len(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these ids settle; may be empty."""
+        self._ids.extend(token_ids)
+        text = self._codec.decode(self._ids)
+        is_long = len(self._ids) - self._num_context > _MAX_WINDOW_TOKENS
+        if text.endswith(_REPLACEMENT) and not is_long:
+            settled = text.rstrip(_REPLACEMENT)
+            piece = settled[self._num_sent :]
+            self._num_sent += len(piece)
+            return piece
+        piece = text[self._num_sent :]
+        if piece or is_long:
+            del self._ids[: self._num_context]
+            self._num_context = len(self._ids)
+            self._num_sent = len(self._codec.decode(self._ids))
+        return piece
+
+    def finish(self) -> str:
+        """What was held back."""
+        piece = self._codec.decode(self._ids)[self._num_sent :]
+        self._num_sent += len(piece)
+        return piece
+
+
+class StopMatcher:
+    """Finds the first stop string in a text that comes in pieces, whatever the pieces are.
+
+    A character is released when no stop string can begin at or before it any more, so that no part of one leaks.
+    The first to be complete wins; of several complete at once, the longest.
+    Source: Knuth, Morris, Pratt, Fast pattern matching in strings, 1977; constant time per character and string.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._borders = tuple(_borders(stop) for stop in stops)
+        self._matched = [0] * len(self._stops)  # characters of each stop string at the end of the text
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is free to go; after a match, what stood before it, then nothing."""
+        if self.stopped:
+            return ""
+        if not self._stops:
+            return text
+        text, num_old = self._held + text, len(self._held)
+        for end in range(num_old, len(text)):
+            longest = self._advance(text[end])
+            if longest:
+                self.stopped, self._held = True, ""
+                return text[: end + 1 - longest]
+        num_held = max(self._matched)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """What was held back, as no stop string was completed."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, character: str) -> int:
+        """Read one character; the length of the longest stop string that it completes, or 0."""
+        longest = 0
+        for index, stop in enumerate(self._stops):
+            matched = self._matched[index]
+            while matched and stop[matched] != character:
+                matched = self._borders[index][matched - 1]
+            matched += stop[matched] == character
+            self._matched[index] = matched
+            if matched == len(stop):
+                longest = max(longest, matched)
+        return longest
+
+
+class TextStream:
+    """The text of one choice: detokenized, and cut at the first stop string."""
+
+    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(codec, prompt_ids)
+        self._matcher = StopMatcher(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found; all that follows is dropped."""
+        return self._matcher.stopped
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these ids set free; may be empty."""
+        return self._matcher.push(self._detokenizer.push(token_ids))
+
+    def finish(self) -> str:
+        """What was held back, when no more ids come."""
+        return self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+
+
+def _borders(stop: str) -> list[int]:
+    """For each prefix of `stop` the length of its longest proper prefix that is also its suffix."""
+    borders = [0]
+    for _, character in pairwise(stop):
+        length = borders[-1]
+        while length and stop[length] != character:
+            length = borders[length - 1]
+        borders.append(length + (stop[length] == character))
+    return borders

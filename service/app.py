@@ -1,0 +1,345 @@
+"""Wires a service together: the port opens first, then a thread loads the model, then requests are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from service.api.application import create_application
+from service.api.listener import open_port
+from service.api.logs import configure_logging
+from service.api.state import ServedModel, ServiceState
+from service.api.streams import EventRouter
+from service.api.text import TextCodec
+from service.demo import model_folder
+from service.errors import CheckpointError, PennyweightError, SettingError, UnsupportedModel
+from service.loading import memory
+from service.loading.progress import LoadProgress, Phase
+from service.metrics import Metrics, ModelFigures
+from service.numerics.recipe import parse_recipe
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from torch import nn
+
+    from service.engine.engine import Engine
+    from service.loading.loader import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+_DEMO_NAME = "pennyweight-demo"
+_MAX_HEADER_BYTES = 16384
+_RESPONSE_GRACE_S = 5
+"""What a response may still take when its last token is there."""
+_KV_MEMORY_SHARE = 0.1
+_KV_TOKENS_PER_SEQUENCE = 2048
+
+
+def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
+    """Serve until a signal, or until the load has failed; returns the exit code.
+
+    Raises:
+        SettingError: there is no such address.
+        PennyweightError: the port is in use.
+    """
+    configure_logging(settings.log_format)
+    for variable in ignored_variables:
+        logger.info("%s is ignored: Kubernetes makes it for a service of this name", variable)
+    listener = open_port(settings.host, settings.port)
+    service = asyncio.run(_serve(settings, listener))
+    if service.is_loading:
+        logging.shutdown()
+        os._exit(service.exit_code)  # the load thread is inside a library that cannot be interrupted
+    return service.exit_code
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> Service:
+    service = Service(settings, asyncio.get_running_loop())
+    await service.serve(listener)
+    return service
+
+
+class _Server(uvicorn.Server):
+    """Starts the load when the port is open, and leaves signals to the service."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._service.start_loading()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.on_signal()
+
+
+class Loaded(NamedTuple):
+    """What the load thread made."""
+
+    served: ServedModel
+    engine: Engine
+    figures: ModelFigures
+
+
+class Service:
+    """The life of one service: loading, ready, draining or failed. Owned by the event loop.
+
+    Attributes:
+        exit_code: what the process ends with.
+    """
+
+    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+        self._settings = settings
+        self._loop = loop
+        scheme = parse_recipe(settings.quantize).label
+        progress = LoadProgress()
+        name = _model_name(settings)
+        device = "unknown" if settings.device == "auto" else settings.device
+        metrics = Metrics(CollectorRegistry(), progress, model=name, scheme=scheme, device=device)
+        self.state = ServiceState(
+            model_name=name,
+            scheme=scheme,
+            metrics=metrics,
+            router=EventRouter(loop),
+            progress=progress,
+        )
+        self.exit_code = 0
+        self._server: _Server | None = None
+        self._engine: Engine | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._is_signalled = False
+        self._load_thread = threading.Thread(target=self._load, name="load", daemon=True)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the load thread still runs."""
+        return self._load_thread.is_alive()
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Answer on an open port until a signal, or until the load has failed."""
+        config = uvicorn.Config(
+            create_application(self.state, max_body_bytes=self._settings.max_body_bytes),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=_RESPONSE_GRACE_S,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+        )
+        self._server = _Server(config, self)
+        host, port = listener.getsockname()[:2]
+        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        await self._server.serve(sockets=[listener])
+        if self._engine is not None:
+            self._engine.stop()
+
+    def start_loading(self) -> None:
+        """Begin the load on its own thread."""
+        self._load_thread.start()
+
+    def on_signal(self) -> None:
+        """First signal: stop taking requests, finish the running ones, end. Second: end at once."""
+        if self._is_signalled:
+            logger.warning("second signal: ending at once")
+            logging.shutdown()
+            os._exit(1)
+        self._is_signalled = True
+        self._loop.call_soon_threadsafe(self._begin, self._drain)
+
+    def _begin(self, ending: Callable[[], Any]) -> None:
+        self._ending = self._loop.create_task(ending())
+
+    async def _drain(self) -> None:
+        logger.info("draining: running requests have %g s", self._settings.drain_timeout)
+        self.state.progress.enter(Phase.DRAINING)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.drain, self._settings.drain_timeout)
+        self._end()
+
+    def _end(self) -> None:
+        if self._server is not None:
+            self._server.should_exit = True
+
+    def _load(self) -> None:
+        """Body of the load thread."""
+        try:
+            loaded = load(self._settings, self.state)
+        except Exception as error:
+            if isinstance(error, PennyweightError):
+                logger.error("the model cannot be served: %s", error)
+            else:
+                logger.exception("the load failed")
+            self._loop.call_soon_threadsafe(self._begin, partial(self._fail, error))
+        else:
+            self._loop.call_soon_threadsafe(self._be_ready, loaded)
+
+    async def _fail(self, error: Exception) -> None:
+        self.exit_code = error.exit_code if isinstance(error, PennyweightError) else 1
+        self.state.progress.enter(Phase.FAILED)
+        await asyncio.sleep(self._settings.failed_linger)
+        self._end()
+
+    def _be_ready(self, loaded: Loaded) -> None:
+        self._engine = loaded.engine
+        if self._is_signalled:
+            return
+        self.state.served = loaded.served
+        self.state.metrics.model_loaded(loaded.figures)
+        self.state.progress.enter(Phase.READY)
+        report = loaded.served.report
+        logger.info(
+            "ready: %s as %s, %d weight bytes instead of %d",
+            self.state.model_name,
+            report.scheme,
+            report.weight_bytes.total,
+            report.original_bytes,
+        )
+
+
+def load(settings: Settings, state: ServiceState) -> Loaded:
+    """Load the model and start its engine; runs on the load thread.
+
+    Heavy libraries are imported here and nowhere earlier, so that the port opens first.
+
+    Raises:
+        PennyweightError: the model cannot be loaded or served.
+    """
+    from service.engine.engine import Engine, EngineConfig
+    from service.loading.loader import LoadOptions, load_model, peak_bytes
+
+    loaded = load_model(
+        LoadOptions(
+            model=settings.model or str(model_folder()),
+            recipe=parse_recipe(settings.quantize),
+            revision=settings.revision,
+            device=settings.device,
+            dtype=settings.dtype,
+            cache_dir=settings.cache_dir,
+        ),
+        state.progress,
+    )
+    state.progress.enter(Phase.WARMUP)
+    max_model_len = _max_model_len(settings, loaded)
+    tokenizer, eos_token_ids = _load_tokenizer(loaded)
+    engine = Engine(
+        loaded.model,
+        EngineConfig(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            kv_memory_bytes=settings.kv_memory or _kv_memory_bytes(loaded.model, settings.max_num_seqs, max_model_len),
+            max_queue=settings.max_queue,
+            vocab_size=loaded.vocab_size,
+            num_threads=available_threads() if settings.threads == "auto" else settings.threads,
+        ),
+        observer=state.metrics,
+        deliver=state.router.deliver,
+    )
+    engine.start()
+    blocks = engine.state()
+    max_model_len = min(max_model_len, blocks.num_kv_blocks * blocks.block_size)
+    device = next(loaded.model.parameters()).device
+    report = replace(loaded.report, peak_bytes=peak_bytes(device))
+    served = ServedModel(
+        engine=engine,
+        codec=TextCodec(tokenizer, context_length=max_model_len),
+        report=report,
+        vocab_size=loaded.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids,
+    )
+    figures = ModelFigures(report=report, engine_state=engine.state, device_memory=partial(_device_memory, device))
+    return Loaded(served, engine, figures)
+
+
+def available_threads() -> int:
+    """CPU threads that this process may use: the least of affinity, control-group quota and physical cores."""
+    counts = [psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity() or [0])]
+    quota = memory.control_group("cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        counts.append(max(1, math.ceil(int(quota[0]) / int(quota[1]))))
+    return min(counts)
+
+
+def _kv_memory_bytes(model: nn.Module, max_num_seqs: int, max_model_len: int) -> int:
+    """Memory for keys and values: a tenth of what is free, at most 2048 tokens for each sequence."""
+    from torch import cuda
+
+    weight = next(model.parameters())
+    config: Any = model.config
+    config = config.get_text_config()
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * config.num_hidden_layers * num_heads * head_size * weight.element_size()
+    wanted: int = max_num_seqs * min(max_model_len, _KV_TOKENS_PER_SEQUENCE) * bytes_per_token
+    is_cuda = weight.device.type == "cuda"
+    available: int = cuda.mem_get_info(weight.device)[0] if is_cuda else memory.available_bytes()
+    return min(wanted, int(_KV_MEMORY_SHARE * available))
+
+
+def _device_memory(device: torch.device) -> dict[str, int]:
+    from torch import cuda
+
+    if device.type != "cuda":
+        return {}
+    return {
+        "device_allocated": cuda.memory_allocated(device),
+        "device_reserved": cuda.memory_reserved(device),
+    }
+
+
+def _load_tokenizer(loaded: LoadedModel) -> tuple[Tokenizer, frozenset[int]]:
+    """The model's tokenizer, and all token ids that end a text."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{loaded.name}: its tokenizer does not load ({reason}); add tokenizer.json") from error
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModel(f"{loaded.name}: its tokenizer exists in Python only; add a tokenizer.json")
+    own_eos = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    return backend, loaded.eos_token_ids | own_eos
+
+
+def _max_model_len(settings: Settings, loaded: LoadedModel) -> int:
+    if settings.max_model_len is None:
+        return loaded.context_length
+    if settings.max_model_len > loaded.context_length:
+        raise SettingError(
+            f"--max-model-len {settings.max_model_len}: {loaded.name} was made for {loaded.context_length} tokens; "
+            "use at most that"
+        )
+    return settings.max_model_len
+
+
+def _model_name(settings: Settings) -> str:
+    """What clients call the model, before it is loaded."""
+    if settings.served_model_name is not None:
+        return settings.served_model_name
+    if settings.model is None:
+        return _DEMO_NAME
+    folder = Path(settings.model).expanduser()
+    return folder.resolve().name if folder.is_dir() else settings.model

@@ -1,0 +1,323 @@
+"""The engine: takes token ids from any thread, runs the model on its own, delivers events."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from service.engine.allocator import BlockAllocator
+from service.engine.blocks import BLOCK_SIZE
+from service.engine.runner import Runner, check_supported
+from service.engine.sampler import Sampler
+from service.engine.scheduler import Failure, Outcome, Scheduler, Work
+from service.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceEvent
+from service.engine.stats import EngineObserver, EngineState
+from service.errors import InvalidRequest, PromptTooLong, QueueFull, SettingError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+_NONFINITE = Failure(FinishReason.NONFINITE, "the model gave NaN or infinite logits for this sequence")
+_MAX_ERROR_CHARACTERS = 200
+_PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?[/\\][^\s'\",]+")
+_LAST_STEP_S = 10.0
+"""How long `drain` and `stop` wait for the step that is under way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of an engine.
+
+    Attributes:
+        max_num_seqs: sequences computed together.
+        max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
+        max_model_len: prompt and new tokens of one sequence.
+        kv_memory_bytes: memory for keys and values.
+        max_queue: sequences that wait.
+        vocab_size: token ids are below it.
+        num_threads: torch threads of the engine thread; None leaves torch's choice.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int
+    kv_memory_bytes: int
+    max_queue: int = 256
+    vocab_size: int
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} is {value}; it must be at least 1; raise it")
+
+
+class Engine:
+    """Continuous batching on one thread.
+
+    `submit`, `abort`, `state`, `drain` and `stop` may be called from any thread; the observer and
+    `deliver` are called on the engine thread, `deliver` at most once per step with all its events.
+    Each accepted request gets exactly one terminal event, whatever ends it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        *,
+        observer: EngineObserver,
+        deliver: Callable[[Seq[SequenceEvent]], None],
+    ) -> None:
+        check_supported(model)
+        self._model = model
+        self._config = config
+        self._observer = observer
+        self._deliver = deliver
+        self._sampler = Sampler()
+        self._runner: Runner  # made and used on the engine thread
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._changed = threading.Condition()  # guards all below
+        self._allocator = BlockAllocator(0)
+        self._scheduler = self._new_scheduler()
+        self._kv_cache_bytes = 0
+        self._open: set[str] = set()  # accepted and not ended
+        self._is_stepping = False
+        self._refusal: str | None = "the engine has not started; retry later"
+        self._stopping = False
+        self._last_step_at: float | None = None
+
+    def start(self) -> None:
+        """Start the engine thread; returns when it can serve.
+
+        Raises:
+            UnsupportedModel: the model would be computed wrongly.
+            SettingError: the KV memory holds no block.
+        """
+        self._thread.start()
+        self._started.result()
+
+    def submit(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams) -> None:
+        """Accept a sequence; events with `request_id` follow.
+
+        Raises:
+            InvalidRequest: no token, a token outside the vocabulary, or a `request_id` in use.
+            PromptTooLong: prompt and `max_tokens` exceed the context or the KV memory.
+            QueueFull: `max_queue` sequences wait.
+            Unavailable: not started, draining, stopped or failed.
+        """
+        self._check_token_ids(prompt_ids)
+        num_tokens = len(prompt_ids) + params.max_tokens
+        with self._changed:
+            if self._refusal is not None:
+                raise Unavailable(self._refusal)
+            self._check_length(len(prompt_ids), num_tokens)
+            if request_id in self._open:
+                raise InvalidRequest(f"request id {request_id!r} is in use; ids are unique; choose another")
+            if self._scheduler.num_waiting >= self._config.max_queue:
+                raise QueueFull(f"{self._config.max_queue} requests wait, as many as --max-queue allows; retry later")
+            self._open.add(request_id)
+            self._scheduler.add(
+                Sequence(
+                    request_id=request_id,
+                    token_ids=list(prompt_ids),
+                    num_prompt_tokens=len(prompt_ids),
+                    params=params,
+                    submitted_at=time.monotonic(),
+                )
+            )
+            self._changed.notify_all()
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a sequence with `reason`; one that is unknown or has ended is left alone."""
+        with self._changed:
+            self._scheduler.abort(request_id, reason, time.monotonic())
+            self._changed.notify_all()
+
+    def state(self) -> EngineState:
+        """Read the gauges."""
+        with self._changed:
+            return EngineState(
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                num_kv_blocks=self._allocator.num_blocks,
+                num_free_kv_blocks=self._allocator.num_free,
+                block_size=BLOCK_SIZE,
+                kv_cache_bytes=self._kv_cache_bytes,
+                last_step_at=self._last_step_at,
+            )
+
+    def drain(self, timeout_s: float) -> None:
+        """Refuse new sequences and wait for the accepted ones; what is left after `timeout_s` ends with SHUTDOWN."""
+        with self._changed:
+            self._refusal = "the service is draining and takes no new request; retry on another instance"
+            if not self._changed.wait_for(self._is_idle, timeout_s):
+                self._scheduler.abort_all(FinishReason.SHUTDOWN, time.monotonic())
+                self._changed.notify_all()
+                self._changed.wait_for(self._is_idle, _LAST_STEP_S)
+
+    def stop(self) -> None:
+        """End all sequences with SHUTDOWN, then the thread."""
+        with self._changed:
+            self._refusal = "the engine has stopped; retry on another instance"
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(_LAST_STEP_S)
+
+    def step(self) -> None:
+        """Schedule, forward, sample, commit, deliver."""
+        with self._changed:
+            batch = self._scheduler.schedule(time.monotonic())
+        if batch is not None:
+            outcomes = self._compute(batch.works)
+            with self._changed:
+                stats = self._scheduler.commit(batch, outcomes, time.monotonic())
+                self._last_step_at = time.time()
+            self._observer.on_step(stats)
+        self._publish()
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self._allocator,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=self._config.max_num_batched_tokens,
+        )
+
+    def _run(self) -> None:
+        """Body of the engine thread."""
+        try:
+            self._prepare()
+        except BaseException as error:  # noqa: BLE001 - `start` raises it
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        reason = FinishReason.SHUTDOWN
+        try:
+            self._serve()
+        except Exception:
+            logger.exception("the engine thread failed")
+            reason = FinishReason.ERROR
+        self._end_all(reason)
+
+    def _prepare(self) -> None:
+        if self._config.num_threads is not None:
+            torch.set_num_threads(self._config.num_threads)  # holds for the calling thread only
+        self._runner = Runner(self._model, self._config.kv_memory_bytes)
+        with self._changed:
+            self._allocator = BlockAllocator(self._runner.kv.num_blocks)
+            self._scheduler = self._new_scheduler()
+            self._kv_cache_bytes = self._runner.kv.num_bytes
+            self._refusal = None
+
+    @torch.inference_mode()
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._is_stepping = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._stopping or self._scheduler.has_work)
+                if self._stopping:
+                    return
+                self._is_stepping = True
+            self.step()
+
+    def _end_all(self, reason: FinishReason) -> None:
+        with self._changed:
+            self._refusal = self._refusal or "the engine has failed; restart the service"
+            self._scheduler.abort_all(reason, time.monotonic())
+            self._scheduler.schedule(time.monotonic())  # takes out what was running
+        self._publish()
+        with self._changed:
+            self._is_stepping = False
+            self._changed.notify_all()
+
+    def _compute(self, works: Seq[Work]) -> dict[str, Outcome]:
+        """Compute a step; if it raises, each sequence alone, so that only the cause of it fails."""
+        try:
+            return self._compute_together(works)
+        except Exception:
+            logger.exception("a step of %d sequences failed; each is tried alone", len(works))
+            self._observer.on_step_error()
+        outcomes: dict[str, Outcome] = {}
+        for work in works:
+            request_id = work.sequence.request_id
+            try:
+                outcomes |= self._compute_together([work])
+            except Exception as error:
+                logger.exception("sequence %s failed", request_id)
+                outcomes[request_id] = Failure(FinishReason.ERROR, public_text(error))
+        return outcomes
+
+    def _compute_together(self, works: Seq[Work]) -> dict[str, Outcome]:
+        logits = self._runner.forward(works)
+        sampling = [row for row, work in enumerate(works) if work.samples]
+        if len(sampling) < len(works):
+            logits = logits[sampling]
+        sequences = [works[row].sequence for row in sampling]
+        tokens = self._sampler.sample(logits, [(sequence.request_id, sequence.params) for sequence in sequences])
+        return {
+            sequence.request_id: _NONFINITE if token is None else token
+            for sequence, token in zip(sequences, tokens, strict=True)
+        }
+
+    def _publish(self) -> None:
+        """Tell the observer, then deliver: who sees the end of a request sees it counted."""
+        with self._changed:
+            events = self._scheduler.take_events()
+            self._open.difference_update(event.request_id for event in events if event.finish_reason is not None)
+        for event in events:
+            if event.finish_reason is None or event.timings is None:
+                continue
+            self._sampler.forget(event.request_id)
+            if event.finish_reason is FinishReason.NONFINITE:
+                self._observer.on_nonfinite()
+            self._observer.on_finished(event.finish_reason, event.timings)
+        if events:
+            self._deliver(events)
+
+    def _is_idle(self) -> bool:
+        return not self._is_stepping and not self._scheduler.has_work
+
+    def _check_token_ids(self, prompt_ids: Seq[int]) -> None:
+        if not prompt_ids:
+            raise InvalidRequest("the prompt has 0 tokens; at least 1 is needed; add text", param="prompt")
+        bounds = (min(prompt_ids), max(prompt_ids))
+        for token_id in bounds:
+            if not 0 <= token_id < self._config.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is outside the vocabulary, 0..{self._config.vocab_size - 1}; "
+                    "use ids of this model's tokenizer",
+                    param="prompt",
+                )
+
+    def _check_length(self, num_prompt_tokens: int, num_tokens: int) -> None:
+        num_slots = self._allocator.num_blocks * BLOCK_SIZE
+        limit = min(self._config.max_model_len, num_slots)
+        if num_tokens <= limit:
+            return
+        request = f"{num_prompt_tokens} prompt tokens and max_tokens {num_tokens - num_prompt_tokens} make {num_tokens}"
+        raise PromptTooLong(
+            f"{request}, the context is {limit} tokens; shorten the prompt or lower max_tokens"
+            if limit == self._config.max_model_len
+            else f"{request}, the KV memory holds {limit} tokens; shorten them or raise --kv-memory",
+            param="prompt" if num_prompt_tokens >= limit else "max_tokens",
+            code="context_length_exceeded",
+        )
+
+
+def public_text(error: Exception) -> str:
+    """Class and first line of an error, without paths of this machine."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return _PATH.sub("<path>", text)[:_MAX_ERROR_CHARACTERS]

@@ -1,0 +1,51 @@
+"""What every quantized module holds: the buffers of one encoded weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor, nn
+
+from service.kernels import dispatch
+from service.numerics.encode import decode, storage_shapes
+from service.numerics.schemes import QuantScheme
+
+
+class QuantizedModule(nn.Module):
+    """Buffers `qweight`, `scales` and `zero_points` (None if symmetric) of a weight [out, in].
+
+    They are uninitialised until a loader fills them, and keep their dtypes: `.to(dtype)`, `.half()` and
+    the like move them only.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+    def __init__(self, out_features: int, in_features: int, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self._in_features = in_features
+        shapes = storage_shapes(out_features, in_features, scheme)
+        self.register_buffer("qweight", shapes.qweight.empty())
+        self.register_buffer("scales", shapes.scales.empty())
+        self.register_buffer("zero_points", shapes.zero_points.empty() if shapes.zero_points else None)
+
+    def dequantize(self) -> Tensor:
+        """The weights that the module computes with: float32[out, in]."""
+        return decode(self.qweight, self.scales, self.zero_points, scheme=self.scheme, in_features=self._in_features)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x @ W.T + bias: float[..., in] -> float[..., out]."""
+        return dispatch.linear(x, self.qweight, self.scales, self.zero_points, scheme=self.scheme, bias=bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let `.to` and its relatives move the buffers and keep their dtypes."""
+        before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        return self

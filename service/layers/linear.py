@@ -1,0 +1,56 @@
+"""Linear layers with a packed weight; they compute what `nn.Linear` does with the decoded one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from service.layers.buffers import QuantizedModule
+from service.numerics.schemes import W8A16, QuantScheme
+
+
+class QuantizedLinear(QuantizedModule):
+    """Base of the two layouts: y = x W.T + bias.
+
+    Args:
+        dtype: of the bias; activations of any float dtype are taken and kept.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(out_features, in_features, scheme)
+        self.in_features = in_features
+        self.out_features = out_features
+        empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", empty_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[..., in] -> float[..., out]."""
+        return self.multiply(x, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme, for `repr`."""
+        return f"{self.in_features}, {self.out_features}, scheme={self.scheme.name}, bias={self.bias is not None}"
+
+
+class W8A16Linear(QuantizedLinear):
+    """int8 codes with one float32 scale per output row."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, W8A16, bias=bias, dtype=dtype)
+
+
+class PackedLinear(QuantizedLinear):
+    """8- or 4-bit codes with bfloat16 scales, and zero points if asymmetric, per group."""
+
+
+def quantized_linear(
+    in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype
+) -> QuantizedLinear:
+    """The layer for a scheme other than `none`, uninitialised, on the current default device."""
+    if scheme == W8A16:
+        return W8A16Linear(in_features, out_features, bias=bias, dtype=dtype)
+    return PackedLinear(in_features, out_features, scheme, bias=bias, dtype=dtype)

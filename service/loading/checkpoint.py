@@ -1,0 +1,280 @@
+"""Safetensors checkpoints as a lazy state dict: nothing is read until a tensor is asked for.
+
+`Checkpoint` gives transformers' loader a plain dict of names to `TensorRef`. The loader asks a ref for
+its dtype and shape and then indexes it once; only that reads, by positional reads into fresh anonymous
+memory. Files are never mapped: a mapped shard stays resident for as long as any tensor aliases it, and
+then the peak of a load is the size of the checkpoint.
+
+Format: 8 bytes little-endian header length, a JSON header of name -> {dtype, shape, data_offsets}, data.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from service.errors import CheckpointError, ModelNotFound
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
+_READ_BYTES = 16 * 2**20  # one system call; progress advances at this grain
+
+
+@dataclass(slots=True)
+class ReadMeter:
+    """Bytes and seconds spent reading tensor data; `on_bytes` is called after each read."""
+
+    on_bytes: Callable[[int], None]
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, num_bytes: int, seconds: float) -> None:
+        """Count one read."""
+        self.num_bytes += num_bytes
+        self.seconds += seconds
+        self.on_bytes(num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor of a shard, unread. It has the members that transformers' loader asks for.
+
+    Attributes:
+        path, fd: the shard, open for reading.
+        begin, end: byte range of the tensor in the file, half open.
+        tag: safetensors dtype, such as "BF16".
+        shape: sizes.
+    """
+
+    name: str
+    path: Path
+    fd: int
+    begin: int
+    end: int
+    tag: str
+    shape: tuple[int, ...]
+    meter: ReadMeter
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype."""
+        return _DTYPES[self.tag]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return self.end - self.begin
+
+    def get_dtype(self) -> str:
+        """The safetensors dtype tag."""
+        return self.tag
+
+    def get_shape(self) -> list[int]:
+        """Sizes as a list."""
+        return list(self.shape)
+
+    def is_floating_point(self) -> bool:
+        """Whether the values are floating point."""
+        return self.dtype.is_floating_point
+
+    def read(self) -> Tensor:
+        """The tensor in fresh memory, dtype and shape as in the file.
+
+        Raises:
+            CheckpointError: the file ends early or cannot be read.
+        """
+        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
+        view = memoryview(buffer.numpy().data)
+        done = 0
+        while done < self.num_bytes:
+            started = time.monotonic()
+            try:
+                count = os.preadv(self.fd, [view[done : done + _READ_BYTES]], self.begin + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path.name}: tensor {self.name!r} cannot be read: {error}") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path.name} ends at byte {self.begin + done}, tensor {self.name!r} needs bytes up to "
+                    f"{self.end}; download the file again"
+                )
+            done += count
+            self.meter.add(count, time.monotonic() - started)
+        return buffer.view(self.dtype).reshape(self.shape)
+
+    def same_bytes(self, other: TensorRef) -> bool:
+        """Whether another tensor has the same dtype, shape and contents, compared piece by piece."""
+        if (self.tag, self.shape) != (other.tag, other.shape):
+            return False
+        pieces = range(0, self.num_bytes, _READ_BYTES)
+        return all(self._piece(start) == other._piece(start) for start in pieces)
+
+    def _piece(self, start: int) -> bytes:
+        return os.pread(self.fd, min(_READ_BYTES, self.num_bytes - start), self.begin + start)
+
+    def __getitem__(self, selection: EllipsisType | slice | tuple[slice, ...]) -> Tensor:
+        """Read the tensor and apply a selection; the loader passes an ellipsis."""
+        tensor = self.read()
+        return tensor if selection is Ellipsis else tensor[selection]
+
+
+class Checkpoint:
+    """All tensors of a model folder, unread; a context manager that holds the shards open.
+
+    Attributes:
+        refs: checkpoint name to `TensorRef`.
+        meter: what was read so far.
+    """
+
+    def __init__(self, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        self.meter = ReadMeter(on_bytes)
+        self.refs: dict[str, TensorRef] = {}
+        self._fds: list[int] = []
+        try:
+            for path in shard_paths(folder):
+                self._add_shard(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ref.num_bytes for ref in self.refs.values())
+
+    def close(self) -> None:
+        """Close the shards; refs can no longer be read."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _add_shard(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fds.append(fd)
+        for name, tag, shape, begin, end in read_header(path, fd):
+            if name in self.refs:
+                raise CheckpointError(
+                    f"tensor {name!r} is in both {self.refs[name].path.name} and {path.name}; a name may appear once"
+                )
+            self.refs[name] = TensorRef(name, path, fd, begin, end, tag, shape, self.meter)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those that the index names, or the single file.
+
+    Raises:
+        ModelNotFound: the folder holds no model.
+        CheckpointError: a shard that the index names is missing, or the index is damaged.
+    """
+    if (folder / INDEX_NAME).is_file():
+        names = index_shards(folder / INDEX_NAME)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(names)} shards that {INDEX_NAME} names are missing, first {missing[0]}; "
+                "download the model again"
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{folder.name} has only .bin weights, this version reads safetensors; convert the model with "
+            "save_pretrained()"
+        )
+    raise ModelNotFound(
+        f"{folder.name} has neither {SINGLE_NAME} nor {INDEX_NAME}; give the directory of a Hugging Face model"
+    )
+
+
+def index_shards(index: Path) -> list[str]:
+    """The file names that a shard index names, sorted.
+
+    Raises:
+        CheckpointError: the index is damaged, or names something outside of its folder.
+    """
+    try:
+        names = sorted(
+            {str(Path(name)) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index.name} is damaged ({error}); download the file again") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index.name} names a shard outside of its folder; use a trusted checkpoint")
+    return names
+
+
+def read_header(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, dtype tag, shape and absolute byte range of every tensor of an open safetensors file.
+
+    Raises:
+        CheckpointError: the header is damaged, or a range is outside of the file, overlaps another, or
+            does not fit its shape.
+    """
+    file_bytes = os.fstat(fd).st_size
+    header_bytes = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if file_bytes < 8 or not 2 <= header_bytes <= min(file_bytes - 8, _MAX_HEADER_BYTES):
+        raise _damaged(path, f"a header of {header_bytes} bytes in a file of {file_bytes}")
+    try:
+        header = json.loads(os.pread(fd, header_bytes, 8))
+        header.pop("__metadata__", None)
+        rows = [_entry(name, entry) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its header does not parse ({type(error).__name__})") from error
+    data_start, position = 8 + header_bytes, 0
+    for name, tag, shape, begin, end in sorted(rows, key=lambda row: row[3:]):
+        expected = math.prod(shape) * _DTYPES[tag].itemsize
+        if begin != position or end - begin != expected:
+            raise _damaged(
+                path, f"tensor {name!r} of {expected} bytes has range {begin}..{end}, expected at {position}"
+            )
+        position = end
+    if data_start + position != file_bytes:
+        raise _damaged(path, f"its tensors end at byte {data_start + position}, the file at {file_bytes}")
+    return [(name, tag, shape, data_start + begin, data_start + end) for name, tag, shape, begin, end in rows]
+
+
+def _entry(name: str, entry: dict[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    tag, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if tag not in _DTYPES:
+        raise ValueError(f"dtype {tag!r} of tensor {name!r}")
+    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+        raise ValueError(f"sizes of tensor {name!r}")
+    return name, tag, shape, begin, end
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path.name} is not a whole safetensors file: {what}; download the file again")

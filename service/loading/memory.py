@@ -1,0 +1,73 @@
+"""Resident memory of this process, and the allocator settings that keep it honest.
+
+Peaks come from the kernel's own high-water mark, never from differences of free memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3  # glibc malloc.h
+_MMAP_THRESHOLD_BYTES = 1 << 20
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now (VmRSS)."""
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """Most bytes of this process that were in memory at once, since it started (VmHWM)."""
+    return _status_bytes("VmHWM")
+
+
+def anonymous_bytes() -> int:
+    """Resident bytes that no file backs (RssAnon): weights, KV blocks, heap."""
+    return _status_bytes("RssAnon")
+
+
+def available_bytes() -> int:
+    """Bytes that this process can still take without swapping, in its machine and its control group."""
+    available = _field_bytes(Path("/proc/meminfo"), "MemAvailable")
+    limit, used = control_group("memory.max"), control_group("memory.current")
+    return min(available, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else available
+
+
+def control_group(name: str) -> str:
+    """A file of this process's control group (version 2, as a container sees its own); "" if there is none."""
+    path = Path("/sys/fs/cgroup") / name
+    return path.read_text(encoding="ascii").strip() if path.is_file() else ""
+
+
+def _status_bytes(field: str) -> int:
+    return _field_bytes(Path("/proc/self/status"), field)
+
+
+def _field_bytes(path: Path, field: str) -> int:
+    if path.is_file():
+        for line in path.read_text(encoding="ascii").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"{path} has no {field}; memory can be read on Linux only")
+
+
+def return_large_blocks_at_once() -> None:
+    """Make glibc map every block of 1 MiB or more on its own, so that freeing it gives it back.
+
+    By default freed tensors of 20 to 40 MB stay on a fragmented heap: 150 to 200 MB more at the peak
+    of a load. Setting the threshold also stops glibc from raising it by itself. Elsewhere: no effect.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def trim_heap() -> None:
+    """Give freed heap pages back to the system (glibc's malloc_trim). Elsewhere: no effect."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

@@ -1,0 +1,1 @@
+"""Schemes, rounding, packing: pure functions, tensors in and tensors out."""

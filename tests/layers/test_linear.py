@@ -1,0 +1,122 @@
+"""Quantized linear layers: what they hold, what they compute and what a cast leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service.layers.linear import PackedLinear, QuantizedLinear, W8A16Linear, quantized_linear
+from service.numerics.encode import decode, encode, storage_shapes
+from service.numerics.schemes import parse_scheme
+
+SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym"]
+
+
+def filled(name: str, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> QuantizedLinear:
+    """A layer [33, 100] that was built on meta and given random weights."""
+    with torch.device("meta"):
+        layer = quantized_linear(100, 33, parse_scheme(name), bias=bias, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    encoded = encode(torch.randn(33, 100, generator=generator), layer.scheme)
+    layer.qweight, layer.scales, layer.zero_points = encoded[:3]
+    if bias:
+        layer.bias = nn.Parameter(torch.randn(33, generator=generator).to(dtype), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_layer_on_meta_has_the_planned_buffers_and_no_weight(name: str) -> None:
+    with torch.device("meta"):
+        layer = quantized_linear(100, 33, parse_scheme(name), bias=True, dtype=torch.bfloat16)
+    shapes = storage_shapes(33, 100, layer.scheme)
+    for buffer, planned in zip((layer.qweight, layer.scales, layer.zero_points), shapes, strict=True):
+        assert planned is None or (buffer is not None and (tuple(buffer.shape), buffer.dtype) == planned)
+    expected = {"qweight", "scales", "bias"} | ({"zero_points"} if shapes.zero_points else set())
+    assert set(layer.state_dict()) == expected
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.bfloat16
+    assert (layer.in_features, layer.out_features) == (100, 33)
+
+
+def test_row_wise_8_bit_has_its_own_class_and_groups_are_packed() -> None:
+    assert type(filled("w8a16")) is W8A16Linear
+    assert type(filled("w8a16-g128")) is PackedLinear
+    assert type(filled("w4a16-g64")) is PackedLinear
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_layer_without_bias_has_none(name: str) -> None:
+    layer = filled(name, bias=False)
+    assert layer.bias is None
+    assert list(layer.parameters()) == []
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_forward_is_the_linear_of_the_dequantized_weight(name: str, bias: bool) -> None:
+    layer = filled(name, bias=bias)
+    x = torch.randn(2, 3, 100)
+    expected = x.double() @ layer.dequantize().double().t()
+    if layer.bias is not None:
+        expected += layer.bias.double()
+    assert float((layer(x).double() - expected).norm() / expected.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_dequantize_decodes_the_buffers(name: str) -> None:
+    layer = filled(name)
+    weight = decode(layer.qweight, layer.scales, layer.zero_points, scheme=layer.scheme, in_features=100)
+    assert weight.dtype == torch.float32
+    assert torch.equal(layer.dequantize(), weight)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.half(),
+        lambda module: module.float(),
+        lambda module: module.double(),
+        lambda module: module.type(torch.float16),
+        lambda module: module.to("cpu", torch.float16),
+    ],
+    ids=["to bfloat16", "half", "float", "double", "type", "to device and dtype"],
+)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_cast_reaches_the_bias_and_no_buffer(name: str, cast: Callable[[nn.Module], nn.Module]) -> None:
+    layer = filled(name, dtype=torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in layer.named_buffers()}
+    expected_dtype = next(cast(nn.Linear(1, 1).bfloat16()).parameters()).dtype
+    cast(nn.Sequential(layer))
+    after = dict(layer.named_buffers())
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        assert torch.equal(after[key], tensor)
+    assert layer.bias is not None
+    assert layer.bias.dtype == expected_dtype
+
+
+def test_a_move_reaches_the_buffers() -> None:
+    moved = filled("w4a16-g64").to("meta")
+    assert all(tensor.is_meta for tensor in moved.state_dict().values())
+    moved_and_cast = filled("w4a16-g64").to("meta", torch.bfloat16)
+    assert all(tensor.is_meta for tensor in moved_and_cast.state_dict().values())
+    assert moved_and_cast.qweight.dtype == torch.uint8
+
+
+def test_state_dict_round_trip_computes_the_same() -> None:
+    layer, other = filled("w4a16-g64"), filled("w4a16-g64")
+    other.qweight.zero_()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(4, 100)
+    y: Tensor = layer(x)
+    assert torch.equal(other(x), y)
+
+
+def test_repr_names_the_scheme() -> None:
+    assert "100, 33, scheme=w4a16-g64, bias=True" in repr(filled("w4a16-g64"))

@@ -1,0 +1,46 @@
+"""Memory figures against psutil, and freed blocks that really go back to the system."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from service.loading import memory
+
+MIB = 2**20
+
+
+def test_resident_bytes_agree_with_psutil() -> None:
+    # Two readings a moment apart in a quiet process: pages of the reading itself, well under 16 MiB.
+    assert abs(memory.resident_bytes() - psutil.Process().memory_info().rss) < 16 * MIB
+
+
+def test_anonymous_bytes_grow_by_what_is_written_and_shrink_when_it_is_freed() -> None:
+    memory.return_large_blocks_at_once()
+    before = memory.anonymous_bytes()
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    written = memory.anonymous_bytes()
+    assert written - before >= 64 * MIB
+    del block
+    assert written - memory.anonymous_bytes() >= 60 * MIB
+
+
+def test_freed_blocks_of_20_mib_do_not_stay_on_the_heap() -> None:
+    memory.return_large_blocks_at_once()
+    before = memory.anonymous_bytes()
+    for _ in range(5):
+        blocks = [torch.ones(20 * MIB, dtype=torch.uint8) for _ in range(3)]
+        keep = torch.ones(2 * MIB, dtype=torch.uint8)
+        del blocks
+    assert keep.sum() == 2 * MIB
+    assert memory.anonymous_bytes() - before < 20 * MIB
+
+
+def test_the_peak_is_at_least_what_was_resident_at_once() -> None:
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    resident = memory.resident_bytes()
+    del block
+    # The kernel folds per-thread counts of up to 64 pages into its high-water mark later than into the size.
+    assert memory.peak_resident_bytes() >= resident - MIB
+    memory.trim_heap()
+    assert memory.peak_resident_bytes() >= resident - MIB

@@ -1,0 +1,95 @@
+"""What the README claims about commands, settings, recipes, series and files is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+
+from service.numerics.recipe import parse_recipe
+from service.settings import Settings, flag_of
+from tests.floors import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = ["pip install -e . && pennyweight serve", "pip install -e '.[test]' && pytest"]
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
+    assert found, f"the README has no section {title!r}"
+    return found[1]
+
+
+def settings_table() -> str:
+    """The table that the README must have: flag, default, allowed values, meaning."""
+    rows = ["| flag | default | allowed | meaning |", "|---|---|---|---|"]
+    for name, schema in Settings.model_json_schema()["properties"].items():
+        default = "" if schema["default"] is None else f"`{schema['default']}`"
+        allowed = "; ".join(_allowed(part) for part in schema.get("anyOf", [schema]) if part.get("type") != "null")
+        rows.append(f"| `{flag_of(name)}` | {default} | {allowed} | {schema['description']} |")
+    return "\n".join(rows) + "\n"
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return " ".join(f"`{value}`" for value in schema["enum"])
+    low, high = (schema.get(key, schema.get(short)) for key, short in (("minimum", "ge"), ("maximum", "le")))
+    if low is not None:
+        return f"{low} to {high}" if schema["type"] == "integer" else f"{low} to {high}, fractions too"
+    if "maxLength" in schema:
+        return f"{schema['minLength']} to {schema['maxLength']} characters"
+    return "a path"
+
+
+def named_paths() -> set[str]:
+    """Paths in the file map, without the slash behind a folder."""
+    return {path.rstrip("/") for path in re.findall(r"^\| `([^`]+)` \|", section("File map"), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_two_commands_stand_in_the_readme(command: str) -> None:
+    assert f"    {command}" in README
+
+
+def test_the_ci_runs_the_test_command_of_the_readme() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    install, test = COMMANDS[1].split(" && ")
+    assert install.replace("pip install", "pip install --quiet") in lines
+    assert test in lines
+
+
+def test_the_settings_table_is_that_of_the_settings() -> None:
+    table = settings_table()
+    assert table in section("Settings"), f"the table must be\n{table}"
+
+
+@pytest.mark.parametrize("recipe", re.findall(r"^\| `([^`]+)` \|", section("Recipes"), re.MULTILINE))
+def test_a_recipe_of_the_readme_is_one(recipe: str) -> None:
+    assert parse_recipe(recipe).text == recipe
+
+
+def test_a_series_of_the_readme_is_exported() -> None:
+    exported = set(re.findall(r'"([a-z_]+)"', (ROOT / "service" / "metrics.py").read_text(encoding="utf-8")))
+    named = re.findall(r"`pennyweight_([a-z_]+)", section("Metrics"))
+    assert named
+    assert {name.removesuffix("_total") for name in named} <= exported
+
+
+def test_the_file_map_names_only_what_exists() -> None:
+    assert {path for path in named_paths() if not (ROOT / path).exists()} == set()
+
+
+def test_the_file_map_names_every_room_of_the_service() -> None:
+    rooms = {f"service/{path.name}" for path in (ROOT / "service").iterdir() if path.name[0] != "_"}
+    assert rooms <= named_paths()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a git checkout knows which files are the project's")
+def test_the_file_map_names_every_top_level_entry() -> None:
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {path.partition("/")[0] for path in listed} - {"service"} <= named_paths()
