@@ -31,58 +31,8 @@ class Hub:
 def serve_hub(repo: str, folder: Path, *, gated: bool = False) -> Iterator[Hub]:
     """Serve the files of `folder` as repository `repo` with one commit; `gated` refuses everyone."""
     fetched: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.answer(send_body=False)
-
-        def do_GET(self) -> None:
-            self.answer(send_body=True)
-
-        def answer(self, *, send_body: bool) -> None:
-            path = self.path.split("?", 1)[0]
-            api, resolve = f"/api/models/{repo}/", f"/{repo}/resolve/{COMMIT}/"
-            if gated and path.startswith((api, resolve)):
-                self.send(403, b"", {"X-Error-Code": "GatedRepo"}, send_body)
-            elif path in (f"{api}revision/main", f"{api}revision/{COMMIT}"):
-                info = {"_id": "1", "id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-                self.send(200, json.dumps(info).encode(), {}, send_body)
-            elif path.startswith(f"{api}revision/"):
-                self.send(404, b"", {"X-Error-Code": "RevisionNotFound"}, send_body)
-            elif path == f"{api}tree/{COMMIT}":
-                rows = [{"type": "file", "path": name, "size": size(name), "oid": etag(name)} for name in names]
-                self.send(200, json.dumps(rows).encode(), {}, send_body)
-            elif path.startswith(resolve) and path.removeprefix(resolve) in names:
-                name = path.removeprefix(resolve)
-                if send_body:
-                    fetched.append(name)
-                self.send(200, (folder / name).read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": etag(name)}, send_body)
-            else:
-                self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, send_body)
-
-        def send(self, status: int, body: bytes, headers: dict[str, str], send_body: bool) -> None:
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if send_body:
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Tests read no access log."""
-
-    names = sorted(path.name for path in folder.iterdir())
-
-    def size(name: str) -> int:
-        return (folder / name).stat().st_size
-
-    def etag(name: str) -> str:
-        return hashlib.sha1((folder / name).read_bytes(), usedforsecurity=False).hexdigest()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = _handler(repo, folder, gated=gated, fetched=fetched)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -91,3 +41,60 @@ def serve_hub(repo: str, folder: Path, *, gated: bool = False) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _handler(repo: str, folder: Path, *, gated: bool, fetched: list[str]) -> type[BaseHTTPRequestHandler]:
+    names = sorted(path.name for path in folder.iterdir())
+    api, resolve = f"/api/models/{repo}/", f"/{repo}/resolve/{COMMIT}/"
+
+    def etag(name: str) -> str:
+        return hashlib.sha1((folder / name).read_bytes(), usedforsecurity=False).hexdigest()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path = self.path.split("?", 1)[0]
+            if gated and path.startswith((api, resolve)):
+                self.refuse(403, "GatedRepo")
+            elif path in (f"{api}revision/main", f"{api}revision/{COMMIT}"):
+                siblings = [{"rfilename": name} for name in names]
+                self.send_json({"_id": "1", "id": repo, "sha": COMMIT, "siblings": siblings})
+            elif path.startswith(f"{api}revision/"):
+                self.refuse(404, "RevisionNotFound")
+            elif path == f"{api}tree/{COMMIT}":
+                sizes = {name: (folder / name).stat().st_size for name in names}
+                self.send_json([{"type": "file", "path": n, "size": sizes[n], "oid": etag(n)} for n in names])
+            elif path.startswith(resolve) and path.removeprefix(resolve) in names:
+                name = path.removeprefix(resolve)
+                if self.command == "GET":
+                    fetched.append(name)
+                self.send(200, (folder / name).read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": etag(name)})
+            else:
+                self.refuse(404, "RepoNotFound")
+
+        def refuse(self, status: int, code: str) -> None:
+            self.send(status, b"", {"X-Error-Code": code})
+
+        def send_json(self, body: object) -> None:
+            self.send(200, json.dumps(body).encode(), {})
+
+        def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Tests read no access log."""
+
+    return Handler

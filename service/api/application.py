@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
@@ -11,12 +13,14 @@ from service.api.completions import completions_router
 from service.api.errors import install_error_handlers
 from service.api.generate import generate_router
 from service.api.middleware import RequestMiddleware
+from service.api.schemas import ErrorEnvelope
 from service.api.state import ServiceState
 
 
 def create_application(state: ServiceState, *, max_body_bytes: int) -> ASGIApp:
     """Build the ASGI application; it answers at once, whatever `state` has to offer yet."""
-    app = FastAPI(title="Pennyweight", version=__version__, docs_url=None, redoc_url=None)
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorEnvelope, "description": "Any error"}}
+    app = FastAPI(title="Pennyweight", version=__version__, docs_url=None, redoc_url=None, responses=errors)
     install_error_handlers(app)
     for router in (completions_router(state), generate_router(state), admin_router(state)):
         app.include_router(router)

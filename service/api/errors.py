@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -14,17 +14,20 @@ from starlette.exceptions import HTTPException
 
 from service.errors import BodyTooLarge, EngineFailure, InvalidRequest, MethodNotAllowed, NotFound, RequestError
 
-logger = logging.getLogger(__name__)
-
 _MAX_ERRORS = 8
 _MAX_FIELD_CHARACTERS = 64
 _MAX_MESSAGE_CHARACTERS = 200
 _CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field", "not_supported": "not_supported"}
-_MESSAGES = {"extra_forbidden": "unknown field; remove it", "missing": "is missing; send it"}
+_MESSAGES = {
+    "extra_forbidden": "unknown field; remove it",
+    "missing": "is missing; send it",
+    "string_unicode": "holds a lone surrogate, which is no character; remove it",
+}
+_SUBJECT = re.compile(r"^(Input|String|Value) should")
 _CLIENT_GONE_STATUS = 499
 
 
-class ClientDisconnected(Exception):  # noqa: N818 - no error of ours: the client has left
+class ClientDisconnected(Exception):
     """The client has closed its connection; nobody reads an answer."""
 
 
@@ -68,6 +71,11 @@ def error_response(error: RequestError, headers: Mapping[str, str] | None = None
     )
 
 
+def internal_error() -> EngineFailure:
+    """A defect of ours, without its text."""
+    return EngineFailure("the service failed on this request; the log has the reason", code="internal_error")
+
+
 def validation_error(errors: Sequence[Any]) -> InvalidRequest:
     """What a client is told about a body that does not fit its schema; its values are not repeated."""
     if errors[0]["type"] == "json_invalid":
@@ -75,7 +83,7 @@ def validation_error(errors: Sequence[Any]) -> InvalidRequest:
         return InvalidRequest(f"the body is not valid JSON: {reason}; correct it", code="invalid_json")
     lines = []
     for error in errors[:_MAX_ERRORS]:
-        message = _MESSAGES.get(error["type"], error["msg"])[:_MAX_MESSAGE_CHARACTERS]
+        message = _MESSAGES.get(error["type"]) or _SUBJECT.sub("must", error["msg"])[:_MAX_MESSAGE_CHARACTERS]
         lines.append(f"{_field(error) or 'the body'}: {message}")
     code = _CODES.get(errors[0]["type"], "invalid_value")
     return InvalidRequest("; ".join(lines), param=_field(errors[0]) or None, code=code)
@@ -114,7 +122,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_defect(request: Request, error: Exception) -> Response:
-        return error_response(EngineFailure("the service failed on this request; it is logged", code="internal_error"))
+        return error_response(internal_error())
 
 
 def _from_http(request: Request, error: HTTPException) -> RequestError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,16 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.errors import ClientDisconnected, error_bytes
+from service.api.errors import ClientDisconnected, error_bytes, internal_error
+from service.api.logs import REQUEST_ID
 from service.api.schemas import Prompt, SamplingFields
 from service.api.state import ServedModel, ServiceState
 from service.api.streams import Inbox
 from service.api.text import TextStream
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.errors import EngineFailure, InvalidRequest, PromptTooLong, QueueFull, RequestError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 _DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -87,7 +91,7 @@ class Generation:
         codec = self._served.codec
         all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
         all_params = [self._sampling_params(fields, len(ids), param, default_max_tokens) for ids in all_ids]
-        request_id = uuid.uuid4().hex
+        request_id = f"{REQUEST_ID.get()}-{uuid.uuid4().hex[:8]}"  # clients may send one id twice
         for index, (prompt_ids, params) in enumerate(zip(all_ids, all_params, strict=True)):
             sequence_id = f"{request_id}-{index}"
             try:
@@ -241,6 +245,9 @@ class EventStream(Response):
                 end = b"data: %b\n\n" % error_bytes(error)
             except ClientDisconnected:
                 return
+            except Exception:
+                logger.exception("a stream failed")
+                end = b"data: %b\n\n" % error_bytes(internal_error())
             await send({"type": "http.response.body", "body": end + _DONE})
         finally:
             self._generation.close()

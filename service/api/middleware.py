@@ -84,7 +84,8 @@ def _limited(receive: Receive, limit: int) -> Receive:
         message = await receive()
         num_bytes += len(message.get("body", b""))
         if num_bytes > limit:
-            await _discard(receive, limit)
+            if message.get("more_body", False):
+                await _discard(receive, limit)
             raise BodyLimitExceeded(_too_large(limit))
         return message
 

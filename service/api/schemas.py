@@ -188,3 +188,18 @@ class GenerateRequest(SamplingFields):
         Annotated[list[Prompt], PlainValidator(_check_prompts, json_schema_input_type=list[str | list[int]])] | None
     ) = None
     token_ids: Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])] | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: value, rule and remedy, and the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """Body of every answer that is no success."""
+
+    error: ErrorDetail

@@ -32,15 +32,18 @@ def linear(
     Returns:
         float[..., out] of x's dtype.
     """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     if scheme.group_size:
-        return reference.linear_packed(x, qweight, scales, zero_points, scheme=scheme, bias=bias)
-    if _suits_int8_operator(x):
-        return reference.linear_w8a16_few_rows(x, qweight, scales, bias)
-    return reference.linear_w8a16(x, qweight, scales, bias)
+        y = reference.linear_packed(rows, qweight, scales, zero_points, scheme=scheme, bias=bias)
+    elif _suits_int8_operator(rows):
+        y = reference.linear_w8a16_few_rows(rows, qweight, scales, bias)
+    else:
+        y = reference.linear_w8a16(rows, qweight, scales, bias)
+    return y.view(*x.shape[:-1], len(qweight))
 
 
 def _suits_int8_operator(x: Tensor) -> bool:
     """A few bfloat16 rows on the CPU, of a width that torch's int8 operator reads correctly."""
-    in_features = x.shape[-1]
-    few = x.numel() <= FEW_ROWS * in_features
-    return few and x.dtype == torch.bfloat16 and x.device.type == "cpu" and in_features % 32 == 0
+    num_rows, in_features = x.shape
+    is_bfloat16_on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return is_bfloat16_on_cpu and 1 <= num_rows <= FEW_ROWS and in_features % 32 == 0

@@ -17,8 +17,8 @@ from torch.nn import functional
 from service.numerics.encode import decode
 from service.numerics.schemes import QuantScheme
 
-CPU_BLOCK_WEIGHTS: Final = 1 << 20  # 2 MiB of bfloat16
-DEVICE_BLOCK_WEIGHTS: Final = 1 << 24  # 32 MiB of bfloat16, enough to fill a large GPU
+CPU_BLOCK_BYTES: Final = 2 << 20  # of decoded weights; about the L2 of two cores, measured best of 1/4 to 4 MiB
+DEVICE_BLOCK_BYTES: Final = 64 << 20  # enough rows to fill a large GPU
 
 
 def linear_w8a16(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,30 +27,30 @@ def linear_w8a16(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None
     Integers are exact in every activation dtype; the scales multiply the sums in float32, once.
 
     Args:
-        x: float[..., in].
+        x: float[rows, in], contiguous.
         qweight: int8[out, in].
         scales: float32[out].
         bias: float[out] or None.
 
     Returns:
-        float[..., out] of x's dtype.
+        float[rows, out] of x's dtype.
     """
-    rows, y = _flatten(x, len(qweight))
-    for block in _blocks(qweight, x.shape[-1]):
+    rows, y = _operand(x), x.new_empty(len(x), len(qweight))
+    for block in _blocks(qweight, x.shape[1] * rows.itemsize):
         sums = functional.linear(rows, qweight[block].to(rows.dtype))
         y[:, block] = _scaled(sums, scales[block], None if bias is None else bias[block])
-    return y.view(*x.shape[:-1], -1)
+    return y
 
 
 def linear_w8a16_few_rows(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """The same for a few bfloat16 rows on the CPU: torch's int8 operator reads each code once, undecoded.
 
     It takes scales in the dtype of x only; it gets ones, and the float32 scales multiply its sums.
-    `in` must be a multiple of 32: the operator reads beyond the end of other rows (torch 2.13).
+    `in` must be a multiple of 32: at others the operator returns wrong sums or crashes (torch 2.13).
     """
     ones = torch.ones(len(qweight), dtype=x.dtype)
-    sums = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), qweight, ones)
-    return _scaled(sums, scales, bias).to(x.dtype).view(*x.shape[:-1], -1)
+    sums = torch._weight_int8pack_mm(x, qweight, ones)
+    return _scaled(sums, scales, bias).to(x.dtype)
 
 
 def linear_packed(
@@ -65,38 +65,36 @@ def linear_packed(
     """Compute x @ W.T + bias for one scale per group; decoded weights are rounded to x's dtype.
 
     Args:
-        x: float[..., in].
+        x: float[rows, in], contiguous.
         qweight, scales, zero_points: as `numerics.encode` makes them.
         bias: float[out] or None.
 
     Returns:
-        float[..., out] of x's dtype.
+        float[rows, out] of x's dtype.
     """
-    rows, y = _flatten(x, len(qweight))
-    for block in _blocks(qweight, x.shape[-1]):
+    rows, y = _operand(x), x.new_empty(len(x), len(qweight))
+    for block in _blocks(qweight, x.shape[1] * torch.float32.itemsize):
         weight = decode(
             qweight[block],
             scales[block],
             None if zero_points is None else zero_points[block],
             scheme=scheme,
-            in_features=x.shape[-1],
-            dtype=rows.dtype,
+            in_features=x.shape[1],
         )
-        y[:, block] = functional.linear(rows, weight, None if bias is None else bias[block].to(rows.dtype))
-    return y.view(*x.shape[:-1], -1)
+        y[:, block] = functional.linear(
+            rows, weight.to(rows.dtype), None if bias is None else bias[block].to(rows.dtype)
+        )
+    return y
 
 
-def _flatten(x: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    """Activations [rows, in] in the dtype to compute in, and room for the result [rows, out]."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty(len(rows), out_features)
-    return (rows.float() if x.dtype == torch.float16 else rows), y
+def _operand(x: Tensor) -> Tensor:
+    """Activations in the dtype to compute in."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
-def _blocks(qweight: Tensor, in_features: int) -> Iterator[slice]:
-    """Runs of output rows of about as many weights as the device takes at a time."""
-    num_weights = CPU_BLOCK_WEIGHTS if qweight.device.type == "cpu" else DEVICE_BLOCK_WEIGHTS
-    num_rows = max(1, num_weights // in_features)
+def _blocks(qweight: Tensor, row_bytes: int) -> Iterator[slice]:
+    """Runs of output rows, decoded to `row_bytes` each, that fill a block."""
+    num_rows = max(1, (CPU_BLOCK_BYTES if qweight.device.type == "cpu" else DEVICE_BLOCK_BYTES) // row_bytes)
     for first in range(0, len(qweight), num_rows):
         yield slice(first, first + num_rows)
 

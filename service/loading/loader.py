@@ -77,7 +77,6 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    memory.return_large_blocks_at_once()
     source = resolve_source(options.model, revision=options.revision, cache_dir=options.cache_dir, progress=progress)
     progress.enter(Phase.PLAN)
     config = read_config(source)
@@ -85,7 +84,7 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device, config)
     resident_before = memory.resident_bytes()
-    with Checkpoint(source.folder, progress.advance) as checkpoint:
+    with memory.tight_heap(), Checkpoint(source.folder, progress.advance) as checkpoint:
         progress.enter(Phase.LOAD, checkpoint.num_bytes)
         started = time.monotonic()
         model, record = _stream(model_class, config, checkpoint, recipe=options.recipe, dtype=dtype)
@@ -95,7 +94,6 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
         integrity.check_tensors(model)
         integrity.check_coverage(record)
         read_s = checkpoint.meter.seconds
-    memory.trim_heap()
     install_s = installed_at - started - read_s - record.quantize_s - record.pack_s
     phases = {"read": read_s, "quantize": record.quantize_s, "pack": record.pack_s, "install": install_s}
     report = LoadReport(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3  # glibc malloc.h
-_MMAP_THRESHOLD_BYTES = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
+_MIB = 1 << 20
 
 
 def resident_bytes() -> int:
@@ -53,21 +55,24 @@ def _field_bytes(path: Path, field: str) -> int:
     raise OSError(f"{path} has no {field}; memory can be read on Linux only")
 
 
-def return_large_blocks_at_once() -> None:
-    """Make glibc map every block of 1 MiB or more on its own, so that freeing it gives it back.
+@contextmanager
+def tight_heap() -> Iterator[None]:
+    """Within it, glibc maps every block of 1 MiB or more on its own, so that freeing it gives it back at once.
 
-    By default freed tensors of 20 to 40 MB stay on a fragmented heap: 150 to 200 MB more at the peak
-    of a load. Setting the threshold also stops glibc from raising it by itself. Elsewhere: no effect.
+    By default freed tensors of 20 to 40 MB stay on a fragmented heap: 150 to 200 MB more at the peak of a load.
+    After it the heap is trimmed, and blocks up to 32 MiB stay on it, which is what glibc's own adaptation ends
+    with: temporaries of a forward would otherwise be mapped, and their pages zeroed, each time.
+    On other C libraries: no effect.
     """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-
-
-def trim_heap() -> None:
-    """Give freed heap pages back to the system (glibc's malloc_trim). Elsewhere: no effect."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 * _MIB)
+    libc.mallopt(_M_TRIM_THRESHOLD, 1 * _MIB)
+    try:
+        yield
+    finally:
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 * _MIB)

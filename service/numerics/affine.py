@@ -88,21 +88,10 @@ def quantize(weight: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype | 
     return QuantizedWeight(codes, scales if scheme.group_size else scales[:, 0], zero_points)
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    group_size: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Map codes [out, in] back to weights of `dtype`, each product rounded once.
-
-    Args:
-        dtype: one in which the scales are exact: float32, or for bfloat16 scales also bfloat16.
-    """
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    scales = scales.to(dtype).view(len(codes), num_groups(codes.shape[1], group_size), 1)
+def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int) -> Tensor:
+    """Map codes [out, in] back to float32 weights; products with bfloat16 scales are exact."""
+    weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    scales = scales.float().view(len(codes), num_groups(codes.shape[1], group_size), 1)
     signed = codes.view(torch.int8)  # 0..15 is the same in both; torch converts from int8 several times faster
     for (groups, code), (_, product) in zip(_by_group(signed, group_size), _by_group(weight, group_size), strict=True):
         if zero_points is not None:

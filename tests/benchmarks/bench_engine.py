@@ -15,6 +15,7 @@ import json
 import platform
 import re
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,9 @@ from service.engine.attention import install
 from service.engine.engine import Engine, EngineConfig
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.engine.stats import StepStats
+from service.loading.loader import LoadOptions, load_model
+from service.loading.progress import LoadProgress
+from service.numerics.recipe import parse_recipe
 
 NUM_PROMPT_TOKENS = 64
 NUM_SEQUENCES = (1, 16)
@@ -194,6 +198,14 @@ def make_stock() -> PreTrainedModel:
     return model
 
 
+def quantized(stock: PreTrainedModel, recipe: str) -> nn.Module:
+    """The stock weights, written to disk and loaded as a recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        stock.save_pretrained(folder)
+        options = LoadOptions(model=folder, recipe=parse_recipe(recipe), device="cpu", dtype="bfloat16")
+        return load_model(options, LoadProgress()).model
+
+
 def _row(path: str, scheme: str, num_sequences: int, milliseconds: list[float]) -> Row:
     deciles = statistics.quantiles(milliseconds, n=10)
     median = statistics.median(milliseconds)
@@ -207,9 +219,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=8, help="how often the paths take turns")
+    parser.add_argument("--quantize", default="w8a16", help="recipe to serve beside none")
     arguments = parser.parse_args()
     stock = make_stock()
-    rows = compare(stock, {"none": stock}, arguments.rounds)
+    served = {"none": stock, arguments.quantize: quantized(stock, arguments.quantize)}
+    rows = compare(stock, served, arguments.rounds)
     result = {"machine": machine(), "rows": [asdict(row) for row in rows], "ratios": ratios(rows)}
     text = json.dumps(result, indent=2)
     arguments.output.write_text(text + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import psutil
 import torch
 
@@ -16,24 +18,38 @@ def test_resident_bytes_agree_with_psutil() -> None:
 
 
 def test_anonymous_bytes_grow_by_what_is_written_and_shrink_when_it_is_freed() -> None:
-    memory.return_large_blocks_at_once()
-    before = memory.anonymous_bytes()
-    block = torch.ones(64 * MIB, dtype=torch.uint8)
-    written = memory.anonymous_bytes()
-    assert written - before >= 64 * MIB
-    del block
-    assert written - memory.anonymous_bytes() >= 60 * MIB
+    with memory.tight_heap():
+        before = memory.anonymous_bytes()
+        block = torch.ones(64 * MIB, dtype=torch.uint8)
+        written = memory.anonymous_bytes()
+        assert written - before >= 64 * MIB
+        del block
+        assert written - memory.anonymous_bytes() >= 60 * MIB
 
 
-def test_freed_blocks_of_20_mib_do_not_stay_on_the_heap() -> None:
-    memory.return_large_blocks_at_once()
-    before = memory.anonymous_bytes()
-    for _ in range(5):
-        blocks = [torch.ones(20 * MIB, dtype=torch.uint8) for _ in range(3)]
-        keep = torch.ones(2 * MIB, dtype=torch.uint8)
-        del blocks
-    assert keep.sum() == 2 * MIB
-    assert memory.anonymous_bytes() - before < 20 * MIB
+def test_freed_blocks_of_20_mib_do_not_stay_on_a_tight_heap() -> None:
+    with memory.tight_heap():
+        before = memory.anonymous_bytes()
+        for _ in range(5):
+            blocks = [torch.ones(20 * MIB, dtype=torch.uint8) for _ in range(3)]
+            keep = torch.ones(2 * MIB, dtype=torch.uint8)
+            del blocks
+        assert keep.sum() == 2 * MIB
+        assert memory.anonymous_bytes() - before < 20 * MIB
+
+
+def test_temporaries_of_a_forward_keep_their_pages_after_the_load() -> None:
+    def faults_of_ten_temporaries() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(4 * MIB, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 4 * MIB // resource.getpagesize()
+    with memory.tight_heap():
+        assert faults_of_ten_temporaries() >= 9 * pages
+    faults_of_ten_temporaries()
+    assert faults_of_ten_temporaries() < pages
 
 
 def test_the_peak_is_at_least_what_was_resident_at_once() -> None:
@@ -41,6 +57,4 @@ def test_the_peak_is_at_least_what_was_resident_at_once() -> None:
     resident = memory.resident_bytes()
     del block
     # The kernel folds per-thread counts of up to 64 pages into its high-water mark later than into the size.
-    assert memory.peak_resident_bytes() >= resident - MIB
-    memory.trim_heap()
     assert memory.peak_resident_bytes() >= resident - MIB

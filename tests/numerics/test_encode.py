@@ -56,7 +56,7 @@ def test_buffers_hold_what_quantize_gives(name: str, columns: int) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 300), chunk=st.integers(1, 4000))
 def test_chunks_do_not_change_a_bit(name: str, rows: int, columns: int, chunk: int) -> None:
     scheme = parse_scheme(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.numerics.packing import K_TILE, pack_bits, padded_width, unpack_bits
@@ -23,6 +23,7 @@ def test_eight_bit_codes_are_their_own_packing() -> None:
     assert torch.equal(unpack_bits(codes, 8), codes)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 5), width=st.integers(1, 67), seed=st.integers(0, 2**31))
 def test_packing_agrees_with_numpy_and_unpacks_to_the_codes(rows: int, width: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 16, (rows, width), dtype=np.uint8)

@@ -142,7 +142,7 @@ def test_int8_operator_reads_no_further_than_its_operands(rows: int, in_features
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_several_blocks_are_used_and_join_without_a_seam(name: str) -> None:
-    out_features = reference.CPU_BLOCK_WEIGHTS // 576 + 5
+    out_features = reference.CPU_BLOCK_BYTES // (4 * 576) + 5
     case = make_case(name, out_features, 576)
     x = normal(20, 576)
     y = case.linear(x)

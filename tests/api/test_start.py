@@ -1,0 +1,100 @@
+"""Starts that fail and ends that come early, in this process."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.loading.progress import Phase
+from tests.api.support import RunningService, assert_error, eventually, run_service, sse_events, start_service
+
+TINY: dict[str, Any] = {"device": "cpu", "dtype": "float32", "threads": 1, "kv_memory": 2**22}
+
+
+@pytest.fixture
+def tiny(checkpoint: Callable[[str], Path]) -> dict[str, Any]:
+    """Settings of a tiny Llama."""
+    return TINY | {"model": str(checkpoint("llama"))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "exit_code", "message"),
+    [
+        ({"quantize": "w8a16,nothing.*=none"}, 2, r"nothing\.\*"),
+        ({"max_model_len": 257}, 2, "--max-model-len 257: llama was made for 256 tokens; use at most that"),
+        ({"kv_memory": 1}, 2, "KV"),
+        ({"model": "/nowhere/model"}, 1, "/nowhere/model: no such directory"),
+        ({"revision": "main"}, 2, "--revision main: .* is a local directory"),
+    ],
+    ids=["pattern", "context", "KV memory", "path", "revision"],
+)
+def test_a_load_that_fails_ends_the_service_with_its_code_and_message(
+    tiny: dict[str, Any],
+    changes: dict[str, Any],
+    exit_code: int,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.ERROR, "service.app"), start_service(tiny | changes) as running:
+        assert running.wait_for_end() == exit_code
+    assert caplog.messages[-1].startswith("the model cannot be served: ")
+    assert re.search(message, caplog.messages[-1])
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(tiny["model"]) / name).read_bytes())
+    with start_service(tiny | {"model": str(tmp_path)}) as running:
+        assert running.wait_for_end() == 1
+    assert "its tokenizer does not load" in caplog.messages[-1]
+
+
+def test_a_failed_load_is_told_as_long_as_asked(tiny: dict[str, Any]) -> None:
+    with start_service(tiny | {"model": "/nowhere", "failed_linger": 600}) as running:
+        assert eventually(lambda: running.service.state.phase is Phase.FAILED)
+        answer = running.client.get("/readyz")
+        assert (answer.status_code, answer.json()["phase"]) == (503, "failed")
+        assert running.client.get("/livez").status_code == 200
+        refused = running.complete(prompt="a")
+        assert_error(refused, 503, param=None, code="failed", message="phase failed")
+    assert running.service.exit_code == 1
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error_event_and_done(tiny: dict[str, Any]) -> None:
+    with run_service(tiny | {"drain_timeout": 0}) as running:
+        fields = {"prompt": ["The sea"] * 8, "max_tokens": 240, "temperature": 0, "stream": True}
+        with running.client.stream("POST", "/v1/completions", json=fields) as stream:
+            lines = stream.iter_lines()
+            first = next(lines)
+            running.service.on_signal()
+            *_, last = sse_events("\n".join([first, *lines]))
+        assert last["error"]["code"] == "shutdown"
+        assert running.wait_for_end() == 0
+
+
+def test_the_name_for_clients_can_be_chosen(tiny: dict[str, Any]) -> None:
+    with run_service(tiny | {"served_model_name": "org/other"}) as running:
+        assert running.client.get("/v1/models/org/other").json()["id"] == "org/other"
+        assert running.complete(model="org/other", prompt="a", max_tokens=1).json()["model"] == "org/other"
+        assert running.complete(model="llama", prompt="a", max_tokens=1).status_code == 404
+
+
+def test_the_context_is_what_the_kv_memory_holds_if_that_is_less(tiny: dict[str, Any]) -> None:
+    # 3 layers of 2 heads of 16 values, keys and values, float32: 768 bytes for a token.
+    with run_service(tiny | {"kv_memory": 768 * 64}) as running:
+        assert running.client.get("/v1/models").json()["data"][0]["max_model_len"] == 64
+        _assert_fits(running, 60, 4)
+        refused = running.complete(prompt=[5] * 60, max_tokens=5)
+        assert_error(refused, 400, param="max_tokens", code="context_length_exceeded", message="context is 64 tokens")
+
+
+def _assert_fits(running: RunningService, num_prompt_tokens: int, max_tokens: int) -> None:
+    response = running.complete(prompt=[5] * num_prompt_tokens, max_tokens=max_tokens)
+    assert response.status_code == 200, response.text

@@ -1,0 +1,100 @@
+"""The real command in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 120.0
+
+
+class ServerProcess:
+    """A started `pennyweight serve`.
+
+    Attributes:
+        log: lines of stderr so far.
+    """
+
+    def __init__(self, arguments: tuple[str, ...]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve", "--port", "0", "--threads", "1", *arguments],
+            cwd=ROOT,
+            env=clean_environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.log: list[str] = []
+        self._url: str | None = None
+        self._has_news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def client(self) -> httpx.Client:
+        """A client, as soon as the port is known."""
+        with self._has_news:
+            assert self._has_news.wait_for(lambda: self._url is not None, TIMEOUT_S), self.log
+        assert self._url is not None
+        return httpx.Client(base_url=self._url, timeout=TIMEOUT_S)
+
+    def wait_for_log(self, text: str) -> None:
+        """Wait for a line that holds a text."""
+        with self._has_news:
+            found = self._has_news.wait_for(lambda: any(text in line for line in self.log), TIMEOUT_S)
+        assert found, self.log
+
+    def exit_code(self) -> int:
+        """Wait for the end; all of the log is there then."""
+        code = self.process.wait(TIMEOUT_S)
+        self._reader.join(TIMEOUT_S)
+        return code
+
+    def close(self) -> None:
+        """Kill it if it still runs."""
+        self.process.kill()
+        self.process.wait(TIMEOUT_S)
+        self._reader.join(TIMEOUT_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._has_news:
+                self.log.append(line.rstrip())
+                if self._url is None and (match := re.search(r"listening on (http://\S+)", line)):
+                    self._url = match[1]
+                self._has_news.notify_all()
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without settings of the service, offline."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PENNYWEIGHT_")}
+    return kept | {"HF_HUB_OFFLINE": "1"}
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[ServerProcess]:
+    """Start the command; it is killed at the end if it still runs."""
+    server = ServerProcess(arguments)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextmanager
+def ready(*arguments: str) -> Iterator[tuple[ServerProcess, httpx.Client]]:
+    """Start the command and wait until it takes requests."""
+    with started(*arguments) as server, server.client() as client:
+        server.wait_for_log("ready: ")
+        assert client.get("/readyz").status_code == 200
+        yield server, client
