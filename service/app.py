@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,7 @@ class Service:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            reset_contextvars=True,
         )
         self._server = _Server(config, self)
         host, port = listener.getsockname()[:2]
@@ -164,7 +166,8 @@ class Service:
             logging.shutdown()
             os._exit(1)
         self._is_signalled = True
-        self._loop.call_soon_threadsafe(self._begin, self._drain)
+        # A signal arrives in the middle of anything, also of a request; its context is not ours.
+        self._loop.call_soon_threadsafe(self._begin, self._drain, context=Context())
 
     def _begin(self, ending: Callable[[], Any]) -> None:
         self._ending = self._loop.create_task(ending())

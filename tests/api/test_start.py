@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from service.app import available_threads
 from service.loading.progress import Phase
 from tests.api.support import RunningService, assert_error, eventually, run_service, sse_events, start_service
 
@@ -98,3 +100,13 @@ def test_the_context_is_what_the_kv_memory_holds_if_that_is_less(tiny: dict[str,
 def _assert_fits(running: RunningService, num_prompt_tokens: int, max_tokens: int) -> None:
     response = running.complete(prompt=[5] * num_prompt_tokens, max_tokens=max_tokens)
     assert response.status_code == 200, response.text
+
+
+def test_threads_are_bounded_by_affinity() -> None:
+    cpus = os.sched_getaffinity(0)
+    assert 1 <= available_threads() <= len(cpus)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        assert available_threads() == 1
+    finally:
+        os.sched_setaffinity(0, cpus)

@@ -15,7 +15,7 @@ from service.demo import model_folder
 from tests.api.support import assert_error, sse_events
 from tests.e2e.support import ready, started
 
-LONG = {"prompt": "The captain", "max_tokens": 600, "temperature": 0, "seed": 1, "stream": True}
+LONG = {"prompt": "The captain", "max_tokens": 900, "temperature": 0, "seed": 1, "stream": True}
 
 
 def _metrics(client: httpx.Client) -> dict[str, float]:
@@ -114,7 +114,10 @@ def test_all_series_of_this_version_are_exported_with_the_common_labels(demo: ht
 
 
 def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones() -> None:
-    with ready("--device", "cpu") as (server, client), client.stream("POST", "/v1/completions", json=LONG) as stream:
+    with (
+        ready("--drain-timeout", "100") as (server, client),
+        client.stream("POST", "/v1/completions", json=LONG) as stream,
+    ):
         lines = stream.iter_lines()
         text = next(lines)
         server.process.send_signal(signal.SIGTERM)
@@ -127,7 +130,7 @@ def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones() -> None:
                 other.post("/generate", json={"prompt": "a"}), 503, param=None, code="draining", message="draining"
             )
         events = sse_events("\n".join([text, *lines]))
-        assert events[-1]["choices"][0]["finish_reason"] == "length"
+        assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
         assert server.exit_code() == 0
 
 
