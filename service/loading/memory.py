@@ -69,7 +69,7 @@ def tight_heap() -> Iterator[None]:
         yield
         return
     libc.mallopt(_M_MMAP_THRESHOLD, 1 * _MIB)
-    libc.mallopt(_M_TRIM_THRESHOLD, 1 * _MIB)
+    libc.mallopt(_M_TRIM_THRESHOLD, 16 * _MIB)  # smaller blocks, the temporaries of quantization, are reused
     try:
         yield
     finally:

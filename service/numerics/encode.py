@@ -26,8 +26,8 @@ from service.numerics.affine import dequantize, num_groups, quantize, require_ma
 from service.numerics.packing import pack_bits, padded_width, unpack_bits
 from service.numerics.schemes import QuantScheme
 
-CHUNK_WEIGHTS: Final = 192 * 1024
-"""Weights rounded at a time by one thread: 768 KiB of float32, which a core's cache holds and the heap keeps."""
+CHUNK_WEIGHTS: Final = 240 * 1024
+"""Weights rounded at a time by one thread. In float32 they stay below 1 MiB, where a heap keeps freed blocks."""
 
 
 class EncodedWeight(NamedTuple):

@@ -49,10 +49,10 @@ def temporaries_of_a_forward_keep_their_pages_after_the_load() -> None:
     def faults_of_ten_temporaries() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(10):
-            torch.ones(4 * MIB, dtype=torch.uint8)
+            torch.ones(10 * MIB, dtype=torch.uint8)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    pages = 4 * MIB // resource.getpagesize()
+    pages = 10 * MIB // resource.getpagesize()
     with memory.tight_heap():
         assert faults_of_ten_temporaries() >= 9 * pages
     faults_of_ten_temporaries()
