@@ -17,7 +17,7 @@ import yaml
 from tests.floors import ROOT
 
 DEPLOY = ROOT / "deploy"
-REQUIRE_TOOLS = "PENNYWEIGHT_REQUIRE_TOOLS"
+REQUIRE_TOOLS = "REQUIRE_TEST_TOOLS"
 
 _SERIES = re.compile(r"\b(?P<name>(?:scheme:)?pennyweight_[\w:]+)\s*(?:\{(?P<matchers>[^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(?:=~|!=|!~|=)\s*"([^"]*)"')

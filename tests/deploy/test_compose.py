@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from service.settings import Settings, read_invocation
+from service.invocation import read_invocation
+from service.settings import Settings
 from tests.deploy.support import DEPLOY, read_compose, seconds
 from tests.floors import ROOT
 

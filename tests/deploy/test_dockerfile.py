@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from service.settings import read_invocation
+from service.invocation import read_invocation
 from tests.deploy.support import DEPLOY, read_compose
 from tests.floors import ROOT
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from tests.e2e.support import ready
 from tests.large import write_large_checkpoint
 from tests.models import build_tokenizer
 
 MB = 10**6
-READY_WITHIN_S = 180.0
 
 
 class LoadFigures(NamedTuple):
@@ -45,47 +40,16 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
 
 
 def serve_and_measure(folder: Path, recipe: str) -> LoadFigures:
-    command = [sys.executable, "-m", "service", "serve", str(folder), "--quantize", recipe]
-    options = ["--device", "cpu", "--dtype", "bfloat16", "--kv-memory", "64MiB", "--port", "0"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    try:
-        url = address(process)
-        wait_until_ready(url, process)
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        report = json.loads(get(f"{url}/v1/quantization"))
-        exported = re.search(r'^pennyweight_load_peak_bytes\{.*where="host".*\} (\S+)$', get(f"{url}/metrics"), re.M)
-        assert exported is not None
-        peak_kb = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)
-        assert peak_kb is not None
-        return LoadFigures(int(peak_kb[1]) * 1024, report, float(exported[1]))
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-def address(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if found := re.search(r"listening on (http://\S+)", line):
-            return found[1]
-    raise AssertionError("the service ended before it opened its port")
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
-    ready = re.compile(r"\bready: ")
-    assert process.stderr is not None
-    deadline = time.monotonic() + READY_WITHIN_S
-    for line in process.stderr:
-        if ready.search(line):
-            return
-        assert time.monotonic() < deadline
-    raise AssertionError("the service ended before it was ready")
-
-
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=30) as response:
-        text: str = response.read().decode()
-        return text
+    options = ["--device", "cpu", "--dtype", "bfloat16", "--kv-memory", "64MiB"]
+    with ready(str(folder), "--quantize", recipe, *options) as (server, client):
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        report = client.get("/v1/quantization").json()
+        metrics = client.get("/metrics").text
+    peak_kb = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)
+    exported = re.search(r'^pennyweight_load_peak_bytes\{.*where="host".*\} (\S+)$', metrics, re.M)
+    assert peak_kb is not None
+    assert exported is not None
+    return LoadFigures(int(peak_kb[1]) * 1024, report, float(exported[1]))
 
 
 @pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g64"])
