@@ -3,63 +3,61 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import math
 import os
 import socket
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
 import uvicorn
 from prometheus_client import CollectorRegistry
 
 from service.api.application import create_application
+from service.api.defaults import read_sampling_defaults
 from service.api.listener import open_port
-from service.api.logs import configure_logging
+from service.api.logs import adopt_library_logs, configure_logging
 from service.api.state import ServedModel, ServiceState
 from service.api.streams import EventRouter
 from service.api.text import TextCodec
 from service.demo import model_folder
 from service.errors import CheckpointError, PennyweightError, SettingError, UnsupportedModel
-from service.loading import memory
 from service.loading.progress import LoadProgress, Phase
 from service.metrics import Metrics, ModelFigures
 from service.numerics.recipe import parse_recipe
-from service.settings import Settings
+from service.reports.machine import thread_limits
+from service.reports.progress import LoggedProgress, TerminalProgress
+from service.settings import Settings, model_name, read_hub_token
 
 if TYPE_CHECKING:
-    import torch
-    from tokenizers import Tokenizer
-    from torch import nn
+    from transformers import PreTrainedTokenizerFast
 
     from service.engine.engine import Engine
     from service.loading.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
 
-_DEMO_NAME = "pennyweight-demo"
 _MAX_HEADER_BYTES = 16384
 _RESPONSE_GRACE_S = 5
 """What a response may still take when its last token is there."""
-_KV_MEMORY_SHARE = 0.1
-_KV_TOKENS_PER_SEQUENCE = 2048
 
 
 def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
     """Serve until a signal, or until the load has failed; returns the exit code.
 
     Raises:
-        SettingError: there is no such address.
+        SettingError: there is no such address, or no token in `--hf-token-file`.
         PennyweightError: the port is in use.
     """
     configure_logging(settings.log_format)
+    if settings.hf_token_file is not None:
+        os.environ["HF_TOKEN"] = read_hub_token(settings.hf_token_file)  # where every library looks for it
     for variable in ignored_variables:
         logger.info("%s is ignored: Kubernetes makes it for a service of this name", variable)
     listener = open_port(settings.host, settings.port)
@@ -68,6 +66,21 @@ def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
         logging.shutdown()
         os._exit(service.exit_code)  # the load thread is inside a library that cannot be interrupted
     return service.exit_code
+
+
+def doctor(settings: Settings | None, errors: Sequence[str], *, as_json: bool) -> int:
+    """Print what there is to know about this machine and the settings; returns the exit code.
+
+    `errors` say why there are no settings. Heavy libraries are imported here.
+    """
+    from service.reports.doctor import examine, print_diagnosis
+
+    diagnosis = examine({} if settings is None else settings.model_dump(mode="json"), errors)
+    if as_json:
+        print(json.dumps(diagnosis.as_dict(), indent=2))
+    else:
+        print_diagnosis(diagnosis)
+    return diagnosis.exit_code
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> Service:
@@ -110,8 +123,9 @@ class Service:
         self._settings = settings
         self._loop = loop
         scheme = parse_recipe(settings.quantize).label
-        progress = LoadProgress()
-        name = _model_name(settings)
+        shows_bars = settings.log_format == "text" and sys.stderr.isatty()
+        progress = TerminalProgress() if shows_bars else LoggedProgress()
+        name = model_name(settings)
         device = "unknown" if settings.device == "auto" else settings.device
         metrics = Metrics(CollectorRegistry(), progress, model=name, scheme=scheme, device=device)
         self.state = ServiceState(
@@ -154,6 +168,8 @@ class Service:
         await self._server.serve(sockets=[listener])
         if self._engine is not None:
             self._engine.stop()
+        if self.state.served is not None and self.state.served.chat_template is not None:
+            self.state.served.chat_template.close()
 
     def start_loading(self) -> None:
         """Begin the load on its own thread."""
@@ -227,104 +243,89 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
     Raises:
         PennyweightError: the model cannot be loaded or served.
     """
-    from service.engine.engine import Engine, EngineConfig
-    from service.loading.loader import LoadOptions, load_model, peak_bytes
+    import torch
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    loaded = load_model(
-        LoadOptions(
-            model=settings.model or str(model_folder()),
-            recipe=parse_recipe(settings.quantize),
-            revision=settings.revision,
-            device=settings.device,
-            dtype=settings.dtype,
-            cache_dir=settings.cache_dir,
-        ),
-        state.progress,
-    )
+    from service.engine.sizing import device_memory
+    from service.loading.loader import peak_bytes
+
+    adopt_library_logs()
+    disable_progress_bars()
+    num_threads = thread_limits().num_threads if settings.threads == "auto" else settings.threads
+    torch.set_num_threads(num_threads)  # of this thread, for quantization
+    loaded = _load_weights(settings, state.progress)
     state.progress.enter(Phase.WARMUP)
     max_model_len = _max_model_len(settings, loaded)
-    tokenizer, eos_token_ids = _load_tokenizer(loaded)
-    engine = Engine(
-        loaded.model,
-        EngineConfig(
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            kv_memory_bytes=settings.kv_memory or _kv_memory_bytes(loaded.model, settings.max_num_seqs, max_model_len),
-            max_queue=settings.max_queue,
-            vocab_size=loaded.vocab_size,
-            num_threads=available_threads() if settings.threads == "auto" else settings.threads,
-        ),
-        observer=state.metrics,
-        deliver=state.router.deliver,
-    )
+    tokenizer, eos_token_ids = _load_tokenizer(loaded, trust_remote_code=settings.trust_remote_code)
+    engine = _make_engine(settings, state, loaded, max_model_len=max_model_len, num_threads=num_threads)
     engine.start()
     blocks = engine.state()
     max_model_len = min(max_model_len, blocks.num_kv_blocks * blocks.block_size)
     device = next(loaded.model.parameters()).device
     report = replace(loaded.report, peak_bytes=peak_bytes(device))
+    codec = TextCodec(tokenizer, context_length=max_model_len)
     served = ServedModel(
         engine=engine,
-        codec=TextCodec(tokenizer, context_length=max_model_len),
+        codec=codec,
         report=report,
         vocab_size=loaded.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids,
+        sampling_defaults=read_sampling_defaults(loaded.folder),
+        chat_template=codec.chat_template(),
     )
-    figures = ModelFigures(report=report, engine_state=engine.state, device_memory=partial(_device_memory, device))
+    figures = ModelFigures(report=report, engine_state=engine.state, device_memory=partial(device_memory, device))
     return Loaded(served, engine, figures)
 
 
-def available_threads() -> int:
-    """CPU threads that this process may use: the least of affinity, control-group quota and physical cores."""
-    counts = [psutil.cpu_count(logical=False) or 1, len(psutil.Process().cpu_affinity() or [0])]
-    quota = memory.control_group("cpu.max").split()
-    if len(quota) == 2 and quota[0] != "max":
-        counts.append(max(1, math.ceil(int(quota[0]) / int(quota[1]))))
-    return min(counts)
+def _load_weights(settings: Settings, progress: LoadProgress) -> LoadedModel:
+    from service.loading.loader import LoadOptions, load_model
+
+    options = LoadOptions(
+        model=settings.model or str(model_folder()),
+        recipe=parse_recipe(settings.quantize),
+        revision=settings.revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        cache_dir=settings.cache_dir,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return load_model(options, progress)
 
 
-def _kv_memory_bytes(model: nn.Module, max_num_seqs: int, max_model_len: int) -> int:
-    """Memory for keys and values: a tenth of what is free, at most 2048 tokens for each sequence."""
-    from torch import cuda
+def _make_engine(
+    settings: Settings, state: ServiceState, loaded: LoadedModel, *, max_model_len: int, num_threads: int
+) -> Engine:
+    from service.engine.engine import Engine, EngineConfig
+    from service.engine.sizing import kv_memory_bytes
 
-    weight = next(model.parameters())
-    config: Any = model.config
-    config = config.get_text_config()
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * num_heads * head_size * weight.element_size()
-    wanted: int = max_num_seqs * min(max_model_len, _KV_TOKENS_PER_SEQUENCE) * bytes_per_token
-    is_cuda = weight.device.type == "cuda"
-    available: int = cuda.mem_get_info(weight.device)[0] if is_cuda else memory.available_bytes()
-    return min(wanted, int(_KV_MEMORY_SHARE * available))
-
-
-def _device_memory(device: torch.device) -> dict[str, int]:
-    from torch import cuda
-
-    if device.type != "cuda":
-        return {}
-    return {
-        "device_allocated": cuda.memory_allocated(device),
-        "device_reserved": cuda.memory_reserved(device),
-    }
+    max_num_seqs = settings.max_num_seqs
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        kv_memory_bytes=settings.kv_memory
+        or kv_memory_bytes(loaded.model, max_num_seqs=max_num_seqs, max_model_len=max_model_len),
+        max_queue=settings.max_queue,
+        vocab_size=loaded.vocab_size,
+        num_threads=num_threads,
+    )
+    return Engine(loaded.model, config, observer=state.metrics, deliver=state.router.deliver)
 
 
-def _load_tokenizer(loaded: LoadedModel) -> tuple[Tokenizer, frozenset[int]]:
+def _load_tokenizer(loaded: LoadedModel, *, trust_remote_code: bool) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
     """The model's tokenizer, and all token ids that end a text."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(f"{loaded.name}: its tokenizer does not load ({reason}); add tokenizer.json") from error
-    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UnsupportedModel(f"{loaded.name}: its tokenizer exists in Python only; add a tokenizer.json")
     own_eos = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
-    return backend, loaded.eos_token_ids | own_eos
+    return tokenizer, loaded.eos_token_ids | own_eos
 
 
 def _max_model_len(settings: Settings, loaded: LoadedModel) -> int:
@@ -336,13 +337,3 @@ def _max_model_len(settings: Settings, loaded: LoadedModel) -> int:
             "use at most that"
         )
     return settings.max_model_len
-
-
-def _model_name(settings: Settings) -> str:
-    """What clients call the model, before it is loaded."""
-    if settings.served_model_name is not None:
-        return settings.served_model_name
-    if settings.model is None:
-        return _DEMO_NAME
-    folder = Path(settings.model).expanduser()
-    return folder.resolve().name if folder.is_dir() else settings.model

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from service import __version__
-from service.app import run
+from service.app import doctor, run
 from service.errors import PennyweightError, SettingError
-from service.settings import as_toml, read_invocation
+from service.invocation import COMMANDS, Invocation, read_invocation
+from service.settings import as_toml, read_hub_token
+
+logger = logging.getLogger(__name__)
 
 _USAGE = """usage: pennyweight serve [MODEL] [options]
+       pennyweight doctor [--json] [options]
 
 Serves a Hugging Face causal language model, quantized while it loads.
 
 commands:
-  serve       load and serve MODEL (a hub id or a directory; none: the embedded demo model)
+{commands}
 
 options:
-  --help      this text; `pennyweight serve --help` lists the options of serve
+  --help      this text; `pennyweight serve --help` lists the options
   --version   print the version
 """
 
@@ -35,18 +41,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
+    available = ", ".join(COMMANDS)
     if words in (["--help"], ["-h"]):
-        print(_USAGE, end="")
+        print(_USAGE.format(commands="\n".join(f"  {name:10}  {text}" for name, text in COMMANDS.items())), end="")
         return 0
     if words == ["--version"]:
         print(f"pennyweight {__version__}")
         return 0
     if not words:
-        raise SettingError("no command given; available: serve; see `pennyweight --help`")
-    if words[0] != "serve":
-        raise SettingError(f"{words[0]} is not part of version {__version__}; available: serve")
-    invocation = read_invocation(words[1:], os.environ)
+        raise SettingError(f"no command given; available: {available}; see `pennyweight --help`")
+    command, *rest = words
+    if command not in COMMANDS:
+        raise SettingError(f"{command} is not part of version {__version__}; available: {available}")
+    if command == "doctor":
+        return _doctor(rest)
+    return _serve(read_invocation(rest, os.environ, command))
+
+
+def _serve(invocation: Invocation) -> int:
+    settings = invocation.settings
     if invocation.print_config:
-        print(as_toml(invocation.settings))
+        print(json.dumps(settings.model_dump(mode="json"), indent=2) if invocation.as_json else as_toml(settings))
         return 0
-    return run(invocation.settings, ignored_variables=invocation.ignored_variables)
+    if invocation.as_json:
+        raise SettingError("--json: serve prints nothing but its settings; give --print-config as well")
+    try:
+        return run(settings, ignored_variables=invocation.ignored_variables)
+    except PennyweightError as error:
+        if settings.log_format == "json":
+            logger.error("%s", error)
+            return error.exit_code
+        raise
+
+
+def _doctor(words: list[str]) -> int:
+    """A wrong command line is bad usage; what else is wrong a doctor is there to find."""
+    errors = []
+    try:
+        invocation = read_invocation(words, os.environ, "doctor")
+    except SettingError as error:
+        invocation = read_invocation(words, {}, "doctor")
+        errors.append(str(error))
+    settings = None if errors else invocation.settings
+    if settings is not None and settings.hf_token_file is not None:
+        try:
+            read_hub_token(settings.hf_token_file)
+        except SettingError as error:
+            errors.append(str(error))
+    return doctor(settings, errors, as_json=invocation.as_json)

@@ -16,6 +16,7 @@
         |-- MethodNotAllowed    405
         |-- QueueFull           429, with Retry-After
         |-- Unavailable         503, loading or draining, with Retry-After
+        |   `-- ServiceFailed   503, the load or the engine has failed; a retry does not help
         `-- EngineFailure       500, the step that held this request failed
 
 A message has the offending value, the rule and the remedy, in that order.
@@ -124,7 +125,13 @@ class Unavailable(RequestError):
 
     status = 503
     type = "unavailable_error"
-    retry_after_s = 1
+    retry_after_s: int | None = 1
+
+
+class ServiceFailed(Unavailable):
+    """The load or the engine has failed: only a restart helps, so no time to retry is named."""
+
+    retry_after_s = None
 
 
 class EngineFailure(RequestError):

@@ -24,7 +24,7 @@ from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 
 PREFIX = "pennyweight"
-REJECT_REASONS = ("queue_full", "loading", "draining", "unavailable")
+REJECT_REASONS = ("queue_full", "loading", "draining", "failed", "unavailable")
 
 # Sources: OpenTelemetry's semantic conventions for generative AI (May 2026), with finer steps below 10 ms
 # for small models and coarser ones above 10 s for large models on CPUs.
@@ -142,7 +142,7 @@ class Metrics(Collector):
                 yield metric
 
     def _gauges(self) -> Iterator[Metric]:
-        yield _gauge("ready", "1 while the service takes requests.", float(self._progress.phase is Phase.READY))
+        yield _gauge("ready", "1 while the service takes requests.", float(self._is_ready()))
         memory_bytes = {"rss": memory.resident_bytes(), "anon": memory.anonymous_bytes()}
         if self._figures is not None:
             state = self._figures.engine_state()
@@ -150,6 +150,10 @@ class Metrics(Collector):
             yield from _engine_gauges(state)
             yield from _load_gauges(self._figures.report)
         yield _family("memory_bytes", "Memory of this process and its device, now.", "kind", memory_bytes)
+
+    def _is_ready(self) -> bool:
+        has_failed = self._figures is not None and self._figures.engine_state().has_failed
+        return self._progress.phase is Phase.READY and not has_failed
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=PREFIX, registry=self._own)

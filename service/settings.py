@@ -1,29 +1,27 @@
-"""Settings of `pennyweight serve`: flags over environment over a TOML file, all checked in one place.
-
-`Settings` is the only list of them: flags, variables, help and checks are made from its fields.
-"""
+"""Settings of the service: the only list of them. Flags, variables, help and checks are made from it."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from service import __version__
-from service.errors import RecipeError, SettingError
-from service.numerics.recipe import parse_recipe
+from service.errors import SettingError
 
-ENVIRONMENT_PREFIX = "PENNYWEIGHT_"
-_KUBERNETES_LINK = re.compile(r"PENNYWEIGHT_(SERVICE_.*|PORT_\d+_(TCP|UDP|SCTP).*)|PENNYWEIGHT_PORT=\w+://.*")
-_SUBJECT = re.compile(r"^(Input|String|Value) should")
+LATER_SETTINGS = frozenset(
+    {
+        *("api_keys", "api_keys_file", "cache_limit", "cors_origin", "deterministic", "fidelity", "kv_cache", "max_kl"),
+        *("memory", "prefix_cache", "queue_timeout", "request_timeout", "step_budget_ms", "twin", "verify"),
+    }
+)
+"""Names that are kept for other versions."""
+
+_DEMO_NAME = "pennyweight-demo"
+_MAX_TOKEN_BYTES = 4096
 _SIZE = re.compile(r"(\d{1,18})\s*([KMGT]i?B|B)?", re.ASCII)
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
@@ -93,59 +91,20 @@ class Settings(BaseModel):
     cache_dir: Annotated[
         Path | None, Field(description="where hub models are kept; default: huggingface_hub's own place")
     ] = None
+    hf_token_file: Annotated[
+        Path | None, Field(description="file that holds the token for the hub; default: the variable HF_TOKEN")
+    ] = None
+    trust_remote_code: Annotated[bool, Field(description="run the Python code that a model brings along")] = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Invocation:
-    """What a command line asks for.
-
-    Attributes:
-        ignored_variables: PENNYWEIGHT_ variables that are Kubernetes' and no settings.
-    """
-
-    settings: Settings
-    print_config: bool
-    ignored_variables: tuple[str, ...]
-
-
-def read_invocation(arguments: Sequence[str], environment: Mapping[str, str]) -> Invocation:
-    """Put together flags, environment and file.
-
-    `arguments` are what follows `pennyweight serve`.
-
-    Raises:
-        SettingError: a name or a value is wrong, with name, value and rule.
-        SystemExit: `--help` was asked for and printed.
-    """
-    flags = vars(_parser().parse_args(arguments))
-    print_config: bool = flags.pop("print_config")
-    config_path: str | None = flags.pop("config", None)
-    positional: str | None = flags.pop("MODEL")
-    if positional is not None:
-        if "model" in flags:
-            raise SettingError(f"{positional} and --model {flags['model']}: two models; give one")
-        flags["model"] = positional
-    variables, ignored = _read_environment(environment)
-    config_path = variables.pop("config", None) if config_path is None else config_path
-    entries = {} if config_path is None else _read_file(Path(config_path))
-    origins = (
-        {name: f"{config_path}: {name}" for name in entries}
-        | {name: ENVIRONMENT_PREFIX + name.upper() for name in variables}
-        | {name: flag_of(name) for name in flags}
-    )
-    try:
-        settings = Settings.model_validate(entries | variables | flags)
-        parse_recipe(settings.quantize)
-    except ValidationError as error:
-        raise SettingError(_describe(error, origins)) from error
-    except RecipeError as error:
-        raise RecipeError(f"{origins['quantize']}: {error}") from error
-    return Invocation(settings=settings, print_config=print_config, ignored_variables=ignored)
-
-
-def flag_of(name: str) -> str:
-    """Flag of a setting."""
-    return "--" + name.replace("_", "-")
+def model_name(settings: Settings) -> str:
+    """What clients call the model, before it is loaded."""
+    if settings.served_model_name is not None:
+        return settings.served_model_name
+    if settings.model is None:
+        return _DEMO_NAME
+    folder = Path(settings.model).expanduser()
+    return folder.resolve().name if folder.is_dir() else settings.model
 
 
 def as_toml(settings: Settings) -> str:
@@ -156,66 +115,19 @@ def as_toml(settings: Settings) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise SettingError(f"{message}; `pennyweight serve --help` lists the options of version {__version__}")
+def read_hub_token(path: Path) -> str:
+    """The token in `--hf-token-file`.
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="pennyweight serve",
-        description="Load a model, quantize it while it loads, and serve it over HTTP.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("MODEL", nargs="?", help="the same as --model")
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f" (default {field.default})"
-        parser.add_argument(
-            flag_of(name), metavar="VALUE", default=argparse.SUPPRESS, help=f"{field.description}{default}"
-        )
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file with these settings")
-    parser.add_argument("--print-config", action="store_true", help="print the settings in force and exit")
-    return parser
-
-
-def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Settings of the PENNYWEIGHT_ variables, and names of those that Kubernetes makes for a service."""
-    variables: dict[str, str] = {}
-    ignored: list[str] = []
-    for variable, value in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if _KUBERNETES_LINK.fullmatch(variable) or _KUBERNETES_LINK.fullmatch(f"{variable}={value}"):
-            ignored.append(variable)
-        elif variable == variable.upper() and name in (*Settings.model_fields, "config"):
-            variables[name] = value
-        else:
-            raise SettingError(f"{variable}={value}: no setting of version {__version__}; unset or correct it")
-    return variables, tuple(ignored)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
+    Raises:
+        SettingError: the file cannot be read, or holds something else than one token.
+    """
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.expanduser().open("rb") as file:
+            words = file.read(_MAX_TOKEN_BYTES).split()
     except OSError as error:
-        raise SettingError(f"--config {path}: cannot be read ({error.strerror}); give a TOML file") from error
-    except ValueError as error:
-        raise SettingError(f"--config {path}: not valid TOML ({error}); correct it") from error
-    for name in entries:
-        if name not in Settings.model_fields:
-            raise SettingError(f"{path}: {name}: no setting of version {__version__}; remove or correct it")
-        if isinstance(entries[name], bool):  # which would pass for the number 0 or 1
-            raise SettingError(f"{path}: {name}: must be a number or a string; correct it")
-    return entries
-
-
-def _describe(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """Name, value and rule of each wrong value."""
-    lines: dict[str, str] = {}
-    for detail in error.errors(include_url=False):
-        name = str(detail["loc"][0])
-        origin = f"{origins[name]} {detail['input']}"
-        rule = _SUBJECT.sub("must", detail["msg"])
-        lines[origin] = f"{lines[origin]}, or {rule}" if origin in lines else f"{origin}: {rule}"
-    return "; ".join(lines.values())
+        raise SettingError(
+            f"--hf-token-file {path}: cannot be read ({error.strerror}); give a file that can be"
+        ) from error
+    if len(words) != 1 or not words[0].isascii():
+        raise SettingError(f"--hf-token-file {path}: must hold one token and nothing else; correct the file")
+    return words[0].decode("ascii")

@@ -49,16 +49,25 @@ FLOORS = [
     Floor({"layers"}, {"torch"}, {}),
     Floor({"loading"}, {"torch"} | HUGGING_FACE, {}),
     Floor({"engine"}, {"torch"}, {}),
-    Floor({"metrics", "api"}, HTTP, {"api": {"metrics"}}),
+    Floor({"metrics", "api", "reports"}, HTTP, {"api": {"metrics"}, "reports": {"api"}}),
     Floor(
-        {"settings", "demo", "app", "cli", "__main__"},
+        {"settings", "invocation", "demo", "app", "cli", "__main__"},
         None,
-        {"app": {"settings", "demo"}, "cli": {"settings", "demo", "app"}, "__main__": {"cli"}},
+        {
+            "invocation": {"settings"},
+            "app": {"settings", "demo"},
+            "cli": {"settings", "invocation", "demo", "app"},
+            "__main__": {"cli"},
+        },
     ),
 ]
 EXTRA_PACKAGES = {
     "service.engine.attention": {"transformers"},  # the attention interface
+    "service.engine.sequential": {"transformers"},  # its cache object
     "service.api.text": {"transformers", "tokenizers"},  # the only user of the tokenizer
+    "service.api.template_worker": {"transformers", "jinja2"},  # a process of its own
+    "service.reports.progress": {"rich"},
+    "service.reports.doctor": {"rich", "torch", "huggingface_hub"},
 }
 
 

@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub.constants
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_token_of_the_tests"
+"""Lets its owner into a gated repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ class Hub:
 
 @contextmanager
 def serve_hub(repo: str, folder: Path, *, gated: bool = False) -> Iterator[Hub]:
-    """Serve the files of `folder` as repository `repo` with one commit; `gated` refuses everyone."""
+    """Serve the files of `folder` as repository `repo` with one commit; `gated` refuses everyone without `TOKEN`."""
     fetched: list[str] = []
     handler = _handler(repo, folder, gated=gated, fetched=fetched)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -41,6 +46,13 @@ def serve_hub(repo: str, folder: Path, *, gated: bool = False) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def use(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point huggingface_hub, which reads its endpoint once at import, to a hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def _handler(repo: str, folder: Path, *, gated: bool, fetched: list[str]) -> type[BaseHTTPRequestHandler]:
@@ -61,7 +73,8 @@ def _handler(repo: str, folder: Path, *, gated: bool, fetched: list[str]) -> typ
 
         def answer(self) -> None:
             path = self.path.split("?", 1)[0]
-            if gated and path.startswith((api, resolve)):
+            is_let_in = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            if gated and not is_let_in and path.startswith((api, resolve)):
                 self.refuse(403, "GatedRepo")
             elif path in (f"{api}revision/main", f"{api}revision/{COMMIT}"):
                 siblings = [{"rfilename": name} for name in names]

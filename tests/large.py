@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from service.loading.checkpoint import INDEX_NAME
+from service.loading.shards import INDEX_NAME
 
 NUM_SHARDS = 10
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -31,7 +32,73 @@ from transformers import (
 )
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "gpt2"]
-"""The families without faults."""
+"""The families without faults that most tests are about."""
+
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "phi3": ("phi3", {}),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, **_ALTERNATING},
+    ),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, **_ALTERNATING}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 48}),
+    "gpt_neox": ("gpt_neox", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 8}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 40,
+            "kv_lora_rank": 24,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 40,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "olmo2": ("olmo2", {}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 4.0},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            **_ALTERNATING,
+        },
+    ),
+    "falcon": ("falcon", {"new_decoder_architecture": True}),
+    "bloom": ("bloom", {}),
+}
+"""Family to its model type in transformers and what its config has besides the common sizes; 2 layers each."""
 
 VOCAB_SIZE = 300
 CONTEXT = 256
@@ -98,7 +165,7 @@ def build_model(
     """Build a model in memory, in evaluation mode; equal arguments give equal weights.
 
     Args:
-        family: one of `FAMILIES`, or `faulty`.
+        family: one of `FAMILIES` or `MORE_FAMILIES`, or `faulty`.
         config_overrides: by the names of the family's config class.
     """
     model_class, config = _config(family, config_overrides)
@@ -172,7 +239,12 @@ def _config(family: str, overrides: dict[str, Any]) -> tuple[type[PreTrainedMode
             return GPT2LMHeadModel, GPT2Config(**gpt2 | overrides)
         case "faulty":
             return FaultyLlama, FaultyConfig(**llama | overrides)
-    raise ValueError(f"family {family!r} is not one of {[*FAMILIES, 'faulty']}")
+    if family in MORE_FAMILIES:
+        model_type, extras = MORE_FAMILIES[family]
+        config = AutoConfig.for_model(model_type, **llama | {"num_hidden_layers": 2} | extras | overrides)
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return model_class, config
+    raise ValueError(f"family {family!r} is not one of {[*FAMILIES, *MORE_FAMILIES, 'faulty']}")
 
 
 @torch.no_grad()
@@ -181,8 +253,11 @@ def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
 
     Layers outweigh the embedding; else a tied head repeats the token that it was given.
     """
+    embed_scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
     for name, parameter in model.named_parameters():
         parameter.normal_(0, _spread(name, parameter), generator=generator)
+        if name == "model.embed_tokens.weight":
+            parameter.div_(embed_scale)
         if "norm" in name or "ln_" in name:
             parameter.add_(0 if name.endswith("bias") else 1)
     if isinstance(model, FaultyLlama):

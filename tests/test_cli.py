@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service import __version__
 from service.cli import main
-from service.settings import Settings, flag_of
+from service.invocation import COMMANDS, flag_of
+from service.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -26,31 +30,38 @@ def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> Non
     assert "usage: pennyweight serve" in capsys.readouterr().out
 
 
-def test_help_of_serve_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_names_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["serve", "--help"])
+        main([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(flag_of(name) in text for name in Settings.model_fields)
+    assert text.isascii()
+    assert "\0" not in text
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "evaluate", "bench", "doctor", "server"])
+@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "evaluate", "bench", "server"])
 def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "model"]) == 2
     assert capsys.readouterr().err == (
-        f"pennyweight: {command} is not part of version {__version__}; available: serve\n"
+        f"pennyweight: {command} is not part of version {__version__}; available: serve, doctor\n"
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; available: serve"),
+        ([], "no command given; available: serve, doctor"),
         (["serve", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
         (["serve", "--quantize", "w9a16"], "--quantize: .*w9a16"),
-        (["serve", "--kv-cache", "int8"], "unrecognized arguments: --kv-cache"),
+        (["serve", "--kv-cache", "int8"], "--kv-cache: not part of version"),
+        (["serve", "--json"], "--json: serve prints nothing but its settings; give --print-config"),
+        (["serve", "--hf-token-file", "/nowhere"], "--hf-token-file /nowhere: cannot be read"),
+        (["doctor", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
+        (["doctor", "--print-config"], "--print-config: no setting of version"),
         (["serve", "--host", "nowhere.invalid"], "--host nowhere.invalid: no such address"),
         (["serve", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000: cannot listen there"),
     ],
@@ -75,8 +86,62 @@ def test_the_settings_in_force_are_printed(capsys: pytest.CaptureFixture[str]) -
     assert "port = 1234\n" in capsys.readouterr().out
 
 
+def test_the_settings_in_force_are_printed_as_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "1234", "--print-config", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == Settings(port=1234).model_dump(mode="json")
+
+
+def test_no_secret_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    path = tmp_path / "token"
+    path.write_text("hf_secret", encoding="utf-8")
+    assert main(["serve", "--hf-token-file", str(path), "--print-config"]) == 0
+    assert main(["doctor", "--hf-token-file", str(path), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert str(path) in printed.out
+    assert "hf_secret" not in printed.out + printed.err
+
+
 def test_a_port_in_use_is_1_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 1
     assert f"--port {port}: it is in use on 127.0.0.1; stop the program" in capsys.readouterr().err
+
+
+def test_with_a_json_log_a_start_that_fails_is_a_line_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--port", str(port), "--log-format", "json"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--port {port}: it is in use" in json.loads(line)["message"]
+
+
+def _diagnosis(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_doctor_finds_wrong_variables_and_ends_with_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENNYWEIGHT_PROT", "5")
+    assert main(["doctor", "--json"]) == 1
+    found = _diagnosis(capsys)
+    assert found["settings"] == {}
+    assert "PENNYWEIGHT_PROT=5: no setting" in found["problems"][0]["message"]
+
+
+def test_a_doctor_reads_the_token_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--hf-token-file", "/nowhere"]) == 1
+    assert "--hf-token-file /nowhere: cannot be read" in _diagnosis(capsys)["problems"][0]["message"]
+
+
+def test_a_doctor_tells_people_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--port", "0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert re.search(rf"^version +{re.escape(__version__)} *$", printed.out, re.MULTILINE)
+    assert re.search(r"^settings +model +- *$", printed.out, re.MULTILINE)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from service.invocation import flag_of
 from service.numerics.recipe import parse_recipe
-from service.settings import Settings, flag_of
+from service.settings import Settings
 from tests.floors import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +27,8 @@ def settings_table() -> str:
     """The table that the README must have: flag, default, allowed values, meaning."""
     rows = ["| flag | default | allowed | meaning |", "|---|---|---|---|"]
     for name, schema in Settings.model_json_schema()["properties"].items():
-        default = "" if schema["default"] is None else f"`{schema['default']}`"
+        default = schema["default"]
+        default = "" if default is None else f"`{str(default).lower() if isinstance(default, bool) else default}`"
         allowed = "; ".join(_allowed(part) for part in schema.get("anyOf", [schema]) if part.get("type") != "null")
         rows.append(f"| `{flag_of(name)}` | {default} | {allowed} | {schema['description']} |")
     return "\n".join(rows) + "\n"
@@ -40,6 +42,8 @@ def _allowed(schema: dict[str, Any]) -> str:
     low, high = (schema.get(key, schema.get(short)) for key, short in (("minimum", "ge"), ("maximum", "le")))
     if low is not None:
         return f"{low} to {high}" if schema["type"] == "integer" else f"{low} to {high}, fractions too"
+    if schema["type"] == "boolean":
+        return "`true` `false`"
     if "maxLength" in schema:
         return f"{schema['minLength']} to {schema['maxLength']} characters"
     return "a path"

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
 from service import __version__
-from service.api.errors import error_body, error_headers
+from service.api.errors import error_body, error_headers, error_response
 from service.api.state import STALL_LIMIT_S, ServiceState
 from service.errors import Unavailable
 from service.loading.progress import Phase
@@ -64,32 +64,38 @@ def _add_probe_routes(router: APIRouter, state: ServiceState) -> None:
     @router.get("/livez", response_model=None)
     async def livez() -> Response:
         """200 while the process makes progress, also while it loads and drains."""
+        if state.served is not None and state.phase is Phase.FAILED:
+            return error_response(state.not_ready())
         if state.is_stalled():
             error = Unavailable(
                 f"requests are open and no step was finished for {STALL_LIMIT_S:.0f} s; restart the service",
                 code="stalled",
             )
-            return JSONResponse(error_body(error), error.status, error_headers(error))
+            return error_response(error)
         return JSONResponse({"status": "ok"})
 
     @router.get("/readyz", response_model=None)
     async def readyz() -> Response:
         """200 if it can serve, else 503 and how far it has come."""
         progress = state.progress.snapshot()
-        body = progress._asdict() | {"phase": str(progress.phase), "elapsed_s": round(progress.elapsed_s, 3)}
-        if progress.phase is Phase.READY:
+        phase = state.phase
+        body = progress._asdict() | {"phase": str(phase), "elapsed_s": round(progress.elapsed_s, 3)}
+        if phase is Phase.READY:
             return JSONResponse(body)
-        error = Unavailable(f"the service is in phase {progress.phase}; retry later", code=str(progress.phase))
+        error = state.not_ready()
         return JSONResponse(body | error_body(error), error.status, error_headers(error))
 
 
 def _model(state: ServiceState) -> dict[str, Any]:
     """One model in OpenAI's form; what is not known while it loads is null."""
+    served = state.served
     return {
         "id": state.model_name,
         "object": "model",
         "created": state.created,
         "owned_by": "pennyweight",
-        "max_model_len": None if state.served is None else state.served.max_model_len,
+        "max_model_len": None if served is None else served.max_model_len,
         "scheme": state.scheme,
+        "has_chat_template": None if served is None else served.chat_template is not None,
+        "sampling_defaults": None if served is None else asdict(served.sampling_defaults),
     }

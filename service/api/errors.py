@@ -23,7 +23,7 @@ _MESSAGES = {
     "missing": "is missing; send it",
     "string_unicode": "holds a lone surrogate, which is no character; remove it",
 }
-_SUBJECT = re.compile(r"^(Input|String|Value) should")
+_SUBJECT = re.compile(r"^(Input|String|Value|List) should")
 _CLIENT_GONE_STATUS = 499
 
 

@@ -25,24 +25,17 @@ def generate_router(state: ServiceState) -> APIRouter:
     @router.post("/generate", response_model=None)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue `prompt`, `token_ids`, or each of `prompts`; without `max_tokens` to the end of the context."""
-        generation = Generation(state, state.require_served(body.model))
         prompts, param = _prompts_of(body)
         head = {"model": state.model_name, "scheme": state.scheme}
-        is_streaming = False
-        try:
+        with Generation(state, state.require_served(body.model)) as generation:
             await generation.start(prompts, body, param=param, default_max_tokens=None)
             generation.watch(request)
             if body.stream:
-                stream = await open_stream(
+                return await open_stream(
                     generation, render=lambda deltas: _events(head, deltas), last_event=lambda: b""
                 )
-                is_streaming = True
-                return stream
             results = [head | _result(result) for result in await generation.results()]
             return JSONResponse(results[0] if body.prompts is None else head | {"results": results})
-        finally:
-            if not is_streaming:
-                generation.close()
 
     return router
 

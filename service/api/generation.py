@@ -19,7 +19,15 @@ from service.api.state import ServedModel, ServiceState
 from service.api.streams import Inbox
 from service.api.text import TextStream
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
-from service.errors import EngineFailure, InvalidRequest, PromptTooLong, QueueFull, RequestError, Unavailable
+from service.errors import (
+    EngineFailure,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    RequestError,
+    ServiceFailed,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +72,7 @@ class _Choice:
 class Generation:
     """Runs a request's prompts in the engine, one choice for each, and yields what comes back.
 
-    `close` must be called at the end, whatever happened: it aborts what still runs.
+    A context manager that closes at the end, whatever happened, unless a stream has taken it over.
     """
 
     def __init__(self, state: ServiceState, served: ServedModel) -> None:
@@ -74,8 +82,18 @@ class Generation:
         self._choices: dict[str, _Choice] = {}
         self._open: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
+        self._is_streamed = False
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+
+    def __enter__(self) -> Generation:
+        """Nothing runs yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close, unless a stream will."""
+        if not self._is_streamed:
+            self.close()
 
     async def start(
         self, prompts: Sequence[Prompt], fields: SamplingFields, *, param: str, default_max_tokens: int | None
@@ -86,7 +104,7 @@ class Generation:
         the request has none, and None is the rest of the context.
 
         Raises:
-            RequestError: a prompt is refused; `close` takes back the others.
+            RequestError: a prompt is refused; closing takes back the others.
         """
         codec = self._served.codec
         all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
@@ -121,7 +139,15 @@ class Generation:
             ClientDisconnected: nobody is there to read the rest.
         """
         while self._open:
-            deltas = [delta for event in await self._inbox.take() if (delta := self._read(event)) is not None]
+            deltas: list[Delta] = []
+            try:
+                for event in await self._inbox.take():
+                    if (delta := self._read(event)) is not None:
+                        deltas.append(delta)
+            except (RequestError, ClientDisconnected):
+                if deltas:  # what came before the failure is not lost
+                    yield deltas
+                raise
             if deltas:
                 yield deltas
 
@@ -134,6 +160,10 @@ class Generation:
         return [
             _join(parts, choice.num_prompt_tokens) for parts, choice in zip(deltas, self._choices.values(), strict=True)
         ]
+
+    def hand_over(self) -> None:
+        """Leave it to a stream to close this."""
+        self._is_streamed = True
 
     def close(self) -> None:
         """Abort what still runs and forget it."""
@@ -155,19 +185,21 @@ class Generation:
                 code="invalid_value",
             )
         rest = context - num_prompt_tokens
-        max_tokens = fields.max_tokens or max(1, rest if default_max_tokens is None else min(rest, default_max_tokens))
+        limit_field, limit = fields.token_limit()
+        max_tokens = limit or max(1, rest if default_max_tokens is None else min(rest, default_max_tokens))
         if max_tokens > rest:
             raise PromptTooLong(
                 f"{num_prompt_tokens} prompt tokens and {max_tokens} new ones make {num_prompt_tokens + max_tokens}; "
-                f"the context is {context} tokens; shorten the prompt or lower max_tokens",
-                param=param if rest < 1 else "max_tokens",
+                f"the context is {context} tokens; shorten the prompt or lower {limit_field}",
+                param=param if rest < 1 else limit_field,
                 code="context_length_exceeded",
             )
+        defaults = self._served.sampling_defaults
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if fields.temperature is None else fields.temperature,
-            top_k=fields.top_k or 0,
-            top_p=1.0 if fields.top_p is None else fields.top_p,
+            temperature=defaults.temperature if fields.temperature is None else fields.temperature,
+            top_k=defaults.top_k if fields.top_k is None else fields.top_k,
+            top_p=defaults.top_p if fields.top_p is None else fields.top_p,
             seed=fields.seed,
             stop_token_ids=self._served.eos_token_ids,
         )
@@ -198,7 +230,7 @@ class Generation:
         if reason is None:
             return Delta(choice.index, text, token_ids, None, None) if token_ids else None
         self._open.discard(event.request_id)
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH) and not was_stopped:
             raise _failure(reason, event.error)
         text += choice.text.finish()
         reason = FinishReason.STOP if choice.text.stopped else reason
@@ -263,9 +295,13 @@ class EventStream(Response):
 async def open_stream(
     generation: Generation, *, render: Callable[[list[Delta]], bytes], last_event: Callable[[], bytes]
 ) -> EventStream:
-    """Wait for the first deltas of a started generation, then stream; raises what `Generation.deltas` raises."""
+    """Wait for the first deltas of a started generation, then stream and close it.
+
+    Raises what `Generation.deltas` raises.
+    """
     deltas = generation.deltas()
     first = await anext(deltas)
+    generation.hand_over()
     return EventStream(generation, deltas, first=first, render=render, last_event=last_event)
 
 
@@ -288,4 +324,6 @@ def _failure(reason: FinishReason, error: str | None) -> Exception:
         return ClientDisconnected()
     if reason is FinishReason.SHUTDOWN:
         return Unavailable("the service shuts down before this request was finished; retry", code="shutdown")
-    return EngineFailure(f"{error or reason}; other requests are not affected", code=f"engine_{reason}")
+    if error is None:
+        return ServiceFailed("the engine has failed; restart the service", code="engine_failed")
+    return EngineFailure(f"{error}; other requests are not affected", code=f"engine_{reason}")

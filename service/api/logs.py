@@ -5,22 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal, TextIO
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that is being handled."""
 
+_LIBRARIES_WITH_HANDLERS = ("transformers", "huggingface_hub")
+
 
 class TextFormatter(logging.Formatter):
-    """`time LEVEL logger message [request id]`."""
+    """`time LEVEL logger message [request id]`; what follows of a traceback is indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, and a traceback if there is one."""
-        request_id = REQUEST_ID.get()
+        request_id = _request_id(record)
         record.request = "" if request_id is None else f" [{request_id}]"
         return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - named by the library
+        """The line; no text can make a second one, or move the cursor."""
+        return _printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - named by the library
+        """The traceback, which looks like no line of the log."""
+        lines = super().formatException(ei).split("\n")
+        return textwrap.indent("\n".join(map(_printable, lines)), "  ")
 
 
 class JsonFormatter(logging.Formatter):
@@ -33,16 +45,45 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
-            "request_id": REQUEST_ID.get(),
+            "request_id": _request_id(record),
             "exception": self.formatException(record.exc_info) if record.exc_info else None,
         }
         return json.dumps({key: value for key, value in entry.items() if value is not None})
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the moment: progress bars replace it to keep lines above them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def configure_logging(log_format: Literal["text", "json"]) -> None:
     """Send the log of this process to stderr: the service's own from INFO, that of libraries from WARNING."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("service").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def adopt_library_logs() -> None:
+    """Send here what libraries write with handlers of their own, which they make when they are imported."""
+    for name in _LIBRARIES_WITH_HANDLERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def _request_id(record: logging.LogRecord) -> str | None:
+    """Of the record itself on the engine thread, which works for many requests; else of the context."""
+    request_id: str | None = getattr(record, "request_id", None) or REQUEST_ID.get()
+    return request_id
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

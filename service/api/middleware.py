@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +23,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 _MAX_DISCARDED_RATIO = 4
+_MAX_DISCARD_S = 2.0
 _NO_STATUS = 499
 """Counted for a request whose client left before an answer."""
 
@@ -59,7 +62,8 @@ class RequestMiddleware:
         try:
             limit = self._max_body_bytes
             if _content_length(headers) > limit:
-                await _discard(receive, limit)
+                if "expect" not in headers:  # such a client waits for leave to send
+                    await _discard(receive, limit)
                 await error_response(_too_large(limit))(scope, receive, send_with_id)
             else:
                 await self._app(scope, _limited(receive, limit), send_with_id)
@@ -95,11 +99,13 @@ def _limited(receive: Receive, limit: int) -> Receive:
 async def _discard(receive: Receive, limit: int) -> None:
     """Read on a little: a client that is still sending when the connection closes never sees the answer."""
     num_bytes = 0
-    while num_bytes <= _MAX_DISCARDED_RATIO * limit:
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_MAX_DISCARD_S):
+            while num_bytes <= _MAX_DISCARDED_RATIO * limit:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def _content_length(headers: Headers) -> int:

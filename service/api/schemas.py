@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ def _is_sound(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _check_text(text: str) -> str:
+def check_text(text: str) -> str:
+    """Refuse what is no Unicode text."""
     if not _is_sound(text):
         raise PydanticCustomError("invalid_text", "holds a lone surrogate, which is no character; remove it")
     return text
@@ -46,7 +48,7 @@ def _check_prompt(value: object) -> Prompt:
     if isinstance(value, str):
         if not value:
             raise PydanticCustomError("empty_prompt", "is empty; at least one token is needed; add text")
-        return _check_text(value)
+        return check_text(value)
     if isinstance(value, list) and _is_token_ids(value):
         if not value:
             raise PydanticCustomError("empty_prompt", "is empty; at least one token is needed; add token ids")
@@ -87,34 +89,39 @@ def _check_stop(value: object) -> tuple[str, ...]:
         raise PydanticCustomError(
             "stop", f"must be a string or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_CHARACTERS} characters"
         )
-    return tuple(_check_text(stop) for stop in stops)
+    return tuple(check_text(stop) for stop in stops)
 
 
-def _only(neutral: object) -> Callable[[object], object]:
-    """Take null and the value that changes nothing."""
+def only(*neutral: object) -> Callable[[object], object]:
+    """Make a check that takes null and the values that change nothing."""
 
     def check(value: object) -> object:
-        is_neutral = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        is_neutral = any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
         if value is not None and not is_neutral:
-            allowed = "null" if neutral is None else f"null or {str(neutral).lower()}"
+            allowed = " or ".join(["null", *map(json.dumps, neutral)])
             raise PydanticCustomError(
-                "not_supported", f"is not supported in this version; leave it out, or send {allowed}"
+                "not_supported",
+                "is not supported in this version; leave it out, or send {allowed}",
+                {"allowed": allowed},
             )
         return value
 
     return check
 
 
-Text = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_check_text)]
-Name = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_NAME_CHARACTERS), AfterValidator(_check_text)]
-OnlyNull = Annotated[Any, AfterValidator(_only(None))]
-OnlyZero = Annotated[Any, AfterValidator(_only(0))]
-OnlyOne = Annotated[Any, AfterValidator(_only(1))]
-OnlyFalse = Annotated[Any, AfterValidator(_only(False))]
-OnlyEmptyMap = Annotated[Any, AfterValidator(_only({}))]
+Text = Annotated[str, Strict(), Field(min_length=1), AfterValidator(check_text)]
+AnyText = Annotated[str, Strict(), AfterValidator(check_text)]
+Name = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_NAME_CHARACTERS), AfterValidator(check_text)]
+OnlyNull = Annotated[Any, AfterValidator(only())]
+OnlyZero = Annotated[Any, AfterValidator(only(0))]
+OnlyOne = Annotated[Any, AfterValidator(only(1))]
+OnlyFalse = Annotated[Any, AfterValidator(only(False))]
+OnlyEmptyMap = Annotated[Any, AfterValidator(only({}))]
 Ignored = Annotated[Any, Field(description="Accepted, without effect.")]
 StrictInt = Annotated[int, Strict()]
 StrictBool = Annotated[bool, Strict()]
+TokenCount = Annotated[int, Strict(), Field(ge=1, le=2**31 - 1)]
+TokenIds = Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])]
 FiniteFloat = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
 
@@ -124,7 +131,7 @@ class SamplingFields(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: Name | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
+    max_tokens: TokenCount | None = None
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
@@ -139,29 +146,6 @@ class SamplingFields(BaseModel):
     repetition_penalty: OnlyOne = None
     logit_bias: OnlyEmptyMap = None
 
-
-class StreamOptions(BaseModel):
-    """Options of a stream."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    include_usage: StrictBool | None = None
-
-
-class CompletionRequest(SamplingFields):
-    """`POST /v1/completions`."""
-
-    prompt: Annotated[
-        list[Prompt],
-        PlainValidator(_check_prompt_or_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    ]
-    stream_options: StreamOptions | None = None
-
-    best_of: OnlyOne = None
-    echo: OnlyFalse = None
-    logprobs: OnlyNull = None
-    suffix: OnlyNull = None
-
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -169,6 +153,25 @@ class CompletionRequest(SamplingFields):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     parallel_tool_calls: Ignored = None
+
+    def token_limit(self) -> tuple[str, int | None]:
+        """The field that limits new tokens, and what it says."""
+        return "max_tokens", self.max_tokens
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    include_usage: StrictBool | None = None
+    include_obfuscation: OnlyFalse = None
+
+
+class OpenAIFields(SamplingFields):
+    """Fields that both of OpenAI's ways of generation share."""
+
+    stream_options: StreamOptions | None = None
 
     @field_validator("stream_options")
     @classmethod
@@ -180,6 +183,20 @@ class CompletionRequest(SamplingFields):
         return value
 
 
+class CompletionRequest(OpenAIFields):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[
+        list[Prompt],
+        PlainValidator(_check_prompt_or_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+
+    best_of: OnlyOne = None
+    echo: OnlyFalse = None
+    logprobs: OnlyNull = None
+    suffix: OnlyNull = None
+
+
 class GenerateRequest(SamplingFields):
     """`POST /generate`: exactly one of `prompt`, `prompts` and `token_ids`."""
 
@@ -187,7 +204,7 @@ class GenerateRequest(SamplingFields):
     prompts: (
         Annotated[list[Prompt], PlainValidator(_check_prompts, json_schema_input_type=list[str | list[int]])] | None
     ) = None
-    token_ids: Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])] | None = None
+    token_ids: TokenIds | None = None
 
 
 class ErrorDetail(BaseModel):

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from service.api.defaults import SamplingDefaults
 from service.api.streams import EventRouter
+from service.api.templates import ChatTemplate
 from service.api.text import TextCodec
 from service.engine.sequence import FinishReason, SamplingParams
 from service.engine.stats import EngineState
-from service.errors import NotFound, Unavailable
+from service.errors import NotFound, ServiceFailed, Unavailable
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 from service.metrics import Metrics
 
+_REJECTIONS = {Phase.DRAINING: "draining", Phase.FAILED: "failed"}
 STALL_LIMIT_S = 60.0
 """`/livez` fails when work is queued and no step was finished for so long."""
 
@@ -39,6 +42,7 @@ class ServedModel:
 
     Attributes:
         max_model_len: prompt and new tokens of one sequence, as far as context and KV memory allow.
+        chat_template: None if the model has none.
     """
 
     engine: EngineHandle
@@ -47,6 +51,8 @@ class ServedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]
+    sampling_defaults: SamplingDefaults
+    chat_template: ChatTemplate | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,7 +75,9 @@ class ServiceState:
 
     @property
     def phase(self) -> Phase:
-        """Where the service is in its life."""
+        """Where the service is in its life; it has failed also when its engine has."""
+        if self.served is not None and self.served.engine.state().has_failed:
+            return Phase.FAILED
         return self.progress.phase
 
     def require_served(self, model: str | None = None) -> ServedModel:
@@ -81,13 +89,19 @@ class ServiceState:
         """
         self.check_model(model)
         if self.served is None or self.phase is not Phase.READY:
-            phase = self.phase
-            self.metrics.count_rejected("draining" if phase is Phase.DRAINING else "loading")
-            raise Unavailable(
-                f"the service is in phase {phase}; it takes requests when /readyz answers 200; retry later",
-                code=str(phase),
-            )
+            self.metrics.count_rejected(_REJECTIONS.get(self.phase, "loading"))
+            raise self.not_ready()
         return self.served
+
+    def not_ready(self) -> Unavailable:
+        """Why no request is taken in this phase, and whether it will be."""
+        phase = self.phase
+        if phase is Phase.FAILED:
+            return ServiceFailed("the service has failed; its log has the reason; restart it", code="failed")
+        return Unavailable(
+            f"the service is in phase {phase}; it takes requests when /readyz answers 200; retry later",
+            code=str(phase),
+        )
 
     def check_model(self, model: str | None) -> None:
         """Raise NotFound for a name that is not the served model's."""
@@ -103,5 +117,6 @@ class ServiceState:
         busy_since = self.router.busy_since
         if self.served is None or busy_since is None:
             return False
-        last_step_at = self.served.engine.state().last_step_at
-        return time.time() - max(busy_since, last_step_at or busy_since) > limit_s
+        busy_s = time.monotonic() - busy_since
+        since_step_s = self.served.engine.state().since_step_s
+        return min(busy_s, busy_s if since_step_s is None else since_step_s) > limit_s

@@ -37,7 +37,7 @@ class EventRouter:
     """Hands the engine's events to the requests that wait for them.
 
     Attributes:
-        busy_since: Unix time since which at least one sequence is open; None if there is none.
+        busy_since: `time.monotonic` since which at least one sequence is open; None if there is none.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -53,7 +53,7 @@ class EventRouter:
     def open(self, sequence_id: str, inbox: Inbox) -> None:
         """Send the events of a sequence to `inbox` from now on."""
         if not self._inboxes:
-            self.busy_since = time.time()
+            self.busy_since = time.monotonic()
         self._inboxes[sequence_id] = inbox
 
     def close(self, sequence_id: str) -> None:

@@ -1,17 +1,22 @@
 """Text to token ids and back: the only user of the tokenizer.
 
 prompt text -> encode -> engine -> token ids -> Detokenizer -> StopMatcher -> text of a choice
+chat -> ChatTemplate -> encode_chat -> engine -> ...
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from service.api.templates import ChatTemplate, TemplateSource
+from service.errors import InvalidRequest, PromptTooLong
 
-from service.errors import PromptTooLong
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 _PRIMER_TOKENS = (4, 16)
 """Fewest and most prompt tokens that give a Detokenizer its context."""
@@ -24,18 +29,23 @@ class TextCodec:
     """A model's tokenizer, with the bound that keeps its cost in proportion to the context.
 
     Args:
-        tokenizer: as the model's files define it.
+        tokenizer: as the model's files define it; its own truncation and padding are switched off.
         context_length: tokens of prompt and answer together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, context_length: int) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, context_length: int) -> None:
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self.tokenizer = backend
+        self._chat_tokenizer: Any = tokenizer
         self._context_length = context_length
+        self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         # In byte-level and sentencepiece vocabularies no token is longer in a text than in the vocabulary.
-        self.max_characters = context_length * max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
+        self.max_characters = context_length * max(map(len, backend.get_vocab(with_added_tokens=True)))
 
-    async def encode(self, text: str, *, param: str) -> list[int]:
-        """Token ids of a prompt, special tokens added as the model wants them; computed off the event loop.
+    async def encode(self, text: str, *, param: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, by default with the special tokens that the model wants; off the event loop.
 
         Raises:
             PromptTooLong: more characters than the context can hold whatever they are; nothing was tokenized.
@@ -47,12 +57,60 @@ class TextCodec:
                 param=param,
                 code="context_length_exceeded",
             )
-        encoding = await asyncio.to_thread(self.tokenizer.encode, text)
+        encoding = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
-        return self.tokenizer.decode(token_ids)
+    async def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of what `ChatTemplate.render` gave; special tokens are those that the template wrote, and no other.
+
+        Raises:
+            InvalidRequest: a message spells a control token that this tokenizer cannot write as plain text.
+        """
+        try:
+            return await asyncio.to_thread(self._encode_rendered, rendered)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"the messages hold a control token that the tokenizer cannot take as plain text ({error}); remove it",
+                param="messages",
+                code="control_token",
+            ) from error
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def names(self, token_ids: Sequence[int]) -> list[str | None]:
+        """How the vocabulary spells token ids; None for one that it does not have."""
+        return [self.tokenizer.id_to_token(token_id) for token_id in token_ids]
+
+    def chat_template(self) -> ChatTemplate | None:
+        """What renders chats; None if the model has no chat template."""
+        try:
+            template: str = self._chat_tokenizer.get_chat_template()
+        except ValueError:
+            return None
+        source = TemplateSource(
+            template=template,
+            special_tokens=self._chat_tokenizer.special_tokens_map,
+            control_tokens=self._control_tokens(template),
+        )
+        return ChatTemplate(source, max_characters=self.max_characters)
+
+    def _control_tokens(self, template: str) -> list[str]:
+        """Special tokens, and other added tokens that the model's files name or the template writes.
+
+        Newlines and blanks may be added tokens; templates write them as ordinary text.
+        """
+        added = self._chat_tokenizer.added_tokens_decoder.values()
+        named = self._chat_tokenizer.chat_control_tokens
+        if named is None:
+            named = [token.content for token in added if token.content in template and not token.content.isspace()]
+        return [token.content for token in added if token.special or token.content in named]
+
+    def _encode_rendered(self, rendered: str) -> list[int]:
+        encoding = self._chat_tokenizer(rendered, add_special_tokens=False, sanitize_control_tokens=True)
+        ids: list[int] = encoding["input_ids"]
+        return ids
 
 
 class Detokenizer:
@@ -70,8 +128,10 @@ class Detokenizer:
         self._codec = codec
         self._ids: list[int] = []
         fewest, most = _PRIMER_TOKENS
+        # Special tokens have no text, so that those before and after them are decoded as one.
+        shown = list(islice((i for i in reversed(prompt_ids) if i not in codec.special_ids), most))[::-1]
         for count in range(fewest, most + 1):
-            self._ids = list(prompt_ids[-count:])
+            self._ids = shown[-count:]
             primer = codec.decode(self._ids)
             if primer and not primer.startswith(_REPLACEMENT):
                 break  # begins with a whole character

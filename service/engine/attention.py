@@ -149,6 +149,7 @@ class Step:
                 f"layer {layer_idx} attends twice in one forward; each layer may attend once; use another model"
             )
         self.entered.add(layer_idx)
+        self.kv.add_layer(layer_idx, keys, values)
         if self.fresh_blocks is not None:
             # What an earlier owner left behind the last token is read, masked: it must at least be finite.
             self.kv.clear(layer_idx, self.fresh_blocks)
@@ -210,6 +211,18 @@ def install(model: nn.Module) -> None:
         f"{type(model).__name__} does not take an attention function from outside; "
         "only models that use transformers' attention interface are served; use another model"
     )
+
+
+def stock_attention(model: nn.Module) -> str | None:
+    """The attention that transformers chose for a model; `eager` if it attends through `attend` already."""
+    name: str | None = getattr(model.config, "_attn_implementation", None)
+    return "eager" if name == ATTENTION_NAME else name
+
+
+def set_attention(model: nn.Module, name: str | None) -> None:
+    """Make a model attend in one of its own ways; one that knows only one way is left alone."""
+    if name is not None and isinstance(model, PreTrainedModel) and model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
 
 
 def _attend_single_tokens(

@@ -2,23 +2,67 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
+
+from service.errors import SettingError
 
 BLOCK_SIZE = 16
 """Tokens per KV block."""
+
+_NUM_FIRST_BLOCKS = 16
+
+
+class Capacity(NamedTuple):
+    """Blocks of `BLOCK_SIZE` tokens, and sequences, that fit a memory together."""
+
+    num_blocks: int
+    num_seqs: int
+
+
+def plan_capacity(
+    memory_bytes: int, *, token_bytes: int, state_bytes: int, max_num_seqs: int, max_model_len: int
+) -> Capacity:
+    """Share memory between what grows with tokens and the states that each sequence has.
+
+    Args:
+        token_bytes: of one token; 0 if nothing grows, then blocks only count tokens and every sequence
+            gets enough of them.
+        state_bytes: of one sequence, whatever its length. States take at most half of the memory if
+            tokens need some too; fewer sequences than `max_num_seqs` then run together.
+
+    Raises:
+        SettingError: not even one block and one state fit.
+    """
+    block_bytes = BLOCK_SIZE * token_bytes
+    least_bytes = block_bytes + state_bytes
+    if memory_bytes < least_bytes:
+        state = f" and the {state_bytes} bytes of a sequence's state" if state_bytes else ""
+        raise SettingError(
+            f"KV memory of {memory_bytes} bytes holds no block of {BLOCK_SIZE} tokens{state}; "
+            f"one takes {least_bytes} bytes; raise --kv-memory"
+        )
+    num_seqs = max_num_seqs
+    if state_bytes:
+        share = memory_bytes // 2 if token_bytes else memory_bytes
+        num_seqs = max(1, min(max_num_seqs, share // state_bytes))
+    if not token_bytes:
+        return Capacity(num_seqs * -(-max_model_len // BLOCK_SIZE), num_seqs)
+    return Capacity((memory_bytes - num_seqs * state_bytes) // block_bytes, num_seqs)
 
 
 class KVBlocks:
     """Keys and values of all layers, addressed by slot (`block * block_size + offset`).
 
-    It begins with a single block and learns the layers, their head counts and head sizes (K may
+    It begins with a few blocks and learns the layers, their head counts and head sizes (K may
     differ from V, layers may differ) from the first forward; `resize` then makes the real stores.
     Their memory is not touched before it is written, so on a CPU it is resident only as far as used.
     """
 
     def __init__(self, block_size: int = BLOCK_SIZE) -> None:
         self.block_size = block_size
-        self.num_blocks = 1
+        self.num_blocks = _NUM_FIRST_BLOCKS
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
@@ -46,15 +90,15 @@ class KVBlocks:
                 stores[layer_idx] = store.new_empty((num_blocks * self.block_size, *store.shape[1:]))
 
     def add_layer(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
-        """Make the stores of a layer that is not known yet, for tokens like these."""
+        """Make the stores of a layer for tokens like these, unless it is known."""
+        if layer_idx in self._keys:
+            return
         num_slots = self.num_blocks * self.block_size
         self._keys[layer_idx] = keys.new_empty((num_slots, *keys.shape[1:]))
         self._values[layer_idx] = values.new_empty((num_slots, *values.shape[1:]))
 
     def append(self, layer_idx: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store keys [T, kv_heads, dk] and values [T, kv_heads, dv] in slots int64[T]."""
-        if layer_idx not in self._keys:
-            self.add_layer(layer_idx, keys, values)
         self._keys[layer_idx].index_copy_(0, slots, keys)
         self._values[layer_idx].index_copy_(0, slots, values)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,20 +15,20 @@ from torch import nn
 
 from service.engine.allocator import BlockAllocator
 from service.engine.blocks import BLOCK_SIZE
-from service.engine.runner import Runner, check_supported
+from service.engine.filters import check_supported
+from service.engine.messages import public_text
+from service.engine.paths import choose_runner
+from service.engine.runner import ModelRunner
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Failure, Outcome, Scheduler, Work
 from service.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceEvent
-from service.engine.stats import EngineObserver, EngineState
+from service.engine.stats import EngineObserver, EnginePath, EngineState
 from service.errors import InvalidRequest, PromptTooLong, QueueFull, SettingError, Unavailable
 
 logger = logging.getLogger(__name__)
 
 _NONFINITE = Failure(FinishReason.NONFINITE, "the model gave NaN or infinite logits for this sequence")
-_MAX_ERROR_CHARACTERS = 200
-_PATH = re.compile(r"(?<![\w/\\])(?:[A-Za-z]:)?[/\\][^\s'\",]+")
-_LAST_STEP_S = 10.0
-"""How long `drain` and `stop` wait for the step that is under way."""
+_LAST_STEP_S = 10.0  # how long `drain` and `stop` wait for the step that is under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,28 +82,35 @@ class Engine:
         self._observer = observer
         self._deliver = deliver
         self._sampler = Sampler()
-        self._runner: Runner  # made and used on the engine thread
+        self._runner: ModelRunner  # made and used on the engine thread
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._changed = threading.Condition()  # guards all below
         self._allocator = BlockAllocator(0)
-        self._scheduler = self._new_scheduler()
-        self._kv_cache_bytes = 0
+        self._scheduler = self._new_scheduler(config.max_num_seqs, chunked=True)
+        self._path: EnginePath | None = None
         self._open: set[str] = set()  # accepted and not ended
         self._is_stepping = False
-        self._refusal: str | None = "the engine has not started; retry later"
+        self._refusal: tuple[str, str] | None = ("the engine has not started; retry later", "loading")
         self._stopping = False
-        self._last_step_at: float | None = None
+        self._has_failed = False
+        self._last_step_at: float | None = None  # Unix time
+        self._stepped_at: float | None = None  # the same moment, monotonic
 
     def start(self) -> None:
         """Start the engine thread; returns when it can serve.
 
         Raises:
-            UnsupportedModel: the model would be computed wrongly.
+            UnsupportedModel: no way of computing the model is right.
             SettingError: the KV memory holds no block.
         """
         self._thread.start()
         self._started.result()
+
+    @property
+    def path(self) -> EnginePath | None:
+        """In which way the model is computed; None before the start."""
+        return self._path
 
     def submit(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams) -> None:
         """Accept a sequence; events with `request_id` follow.
@@ -119,12 +125,15 @@ class Engine:
         num_tokens = len(prompt_ids) + params.max_tokens
         with self._changed:
             if self._refusal is not None:
-                raise Unavailable(self._refusal)
+                raise Unavailable(self._refusal[0], code=self._refusal[1])
             self._check_length(len(prompt_ids), num_tokens)
             if request_id in self._open:
-                raise InvalidRequest(f"request id {request_id!r} is in use; ids are unique; choose another")
+                raise InvalidRequest(
+                    f"request id {request_id!r} is in use; ids are unique; choose another", code="request_id_in_use"
+                )
             if self._scheduler.num_waiting >= self._config.max_queue:
-                raise QueueFull(f"{self._config.max_queue} requests wait, as many as --max-queue allows; retry later")
+                message = f"{self._scheduler.num_waiting} requests wait, all that --max-queue allows; retry later"
+                raise QueueFull(message, code="queue_full")
             self._open.add(request_id)
             self._scheduler.add(
                 Sequence(
@@ -152,14 +161,17 @@ class Engine:
                 num_kv_blocks=self._allocator.num_blocks,
                 num_free_kv_blocks=self._allocator.num_free,
                 block_size=BLOCK_SIZE,
-                kv_cache_bytes=self._kv_cache_bytes,
+                kv_cache_bytes=self._runner.num_bytes if self._path else 0,
                 last_step_at=self._last_step_at,
+                since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
+                has_failed=self._has_failed,
+                path=self._path,
             )
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new sequences and wait for the accepted ones; what is left after `timeout_s` ends with SHUTDOWN."""
         with self._changed:
-            self._refusal = "the service is draining and takes no new request; retry on another instance"
+            self._refuse("the service is draining and takes no new request; retry on another instance", "draining")
             if not self._changed.wait_for(self._is_idle, timeout_s):
                 self._scheduler.abort_all(FinishReason.SHUTDOWN, time.monotonic())
                 self._changed.notify_all()
@@ -168,7 +180,7 @@ class Engine:
     def stop(self) -> None:
         """End all sequences with SHUTDOWN, then the thread."""
         with self._changed:
-            self._refusal = "the engine has stopped; retry on another instance"
+            self._refuse("the engine has stopped; retry on another instance", "stopped")
             self._stopping = True
             self._changed.notify_all()
         if self._thread.is_alive():
@@ -182,16 +194,17 @@ class Engine:
             outcomes = self._compute(batch.works)
             with self._changed:
                 stats = self._scheduler.commit(batch, outcomes, time.monotonic())
-                self._last_step_at = time.time()
+                self._last_step_at, self._stepped_at = time.time(), time.monotonic()
             self._observer.on_step(stats)
         self._publish()
 
-    def _new_scheduler(self) -> Scheduler:
+    def _new_scheduler(self, max_num_seqs: int, *, chunked: bool) -> Scheduler:
         return Scheduler(
             self._allocator,
             block_size=BLOCK_SIZE,
-            max_num_seqs=self._config.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
+            chunked=chunked,
         )
 
     def _run(self) -> None:
@@ -208,16 +221,29 @@ class Engine:
         except Exception:
             logger.exception("the engine thread failed")
             reason = FinishReason.ERROR
+            with self._changed:
+                self._refusal = ("the engine has failed; restart the service", "engine_failed")
+                self._has_failed = True
         self._end_all(reason)
 
     def _prepare(self) -> None:
         if self._config.num_threads is not None:
             torch.set_num_threads(self._config.num_threads)  # holds for the calling thread only
-        self._runner = Runner(self._model, self._config.kv_memory_bytes)
+        config = self._config
+        runner = choose_runner(self._model, vocab_size=config.vocab_size, max_model_len=config.max_model_len)
+        try:
+            num_blocks, num_seqs = runner.allocate(
+                config.kv_memory_bytes, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len
+            )
+        except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
+            raise SettingError(
+                f"{config.kv_memory_bytes} bytes for keys and values cannot be allocated; lower --kv-memory"
+            ) from error
+        self._runner = runner
         with self._changed:
-            self._allocator = BlockAllocator(self._runner.kv.num_blocks)
-            self._scheduler = self._new_scheduler()
-            self._kv_cache_bytes = self._runner.kv.num_bytes
+            self._allocator = BlockAllocator(num_blocks)
+            self._scheduler = self._new_scheduler(num_seqs, chunked=runner.chunked)
+            self._path = runner.path
             self._refusal = None
 
     @torch.inference_mode()
@@ -234,7 +260,6 @@ class Engine:
 
     def _end_all(self, reason: FinishReason) -> None:
         with self._changed:
-            self._refusal = self._refusal or "the engine has failed; restart the service"
             self._scheduler.abort_all(reason, time.monotonic())
             self._scheduler.schedule(time.monotonic())  # takes out what was running
         self._publish()
@@ -255,7 +280,7 @@ class Engine:
             try:
                 outcomes |= self._compute_together([work])
             except Exception as error:
-                logger.exception("sequence %s failed", request_id)
+                logger.exception("sequence %s failed", request_id, extra={"request_id": request_id})
                 outcomes[request_id] = Failure(FinishReason.ERROR, public_text(error))
         return outcomes
 
@@ -276,29 +301,38 @@ class Engine:
         with self._changed:
             events = self._scheduler.take_events()
             self._open.difference_update(event.request_id for event in events if event.finish_reason is not None)
-        for event in events:
-            if event.finish_reason is None or event.timings is None:
-                continue
-            self._sampler.forget(event.request_id)
-            if event.finish_reason is FinishReason.NONFINITE:
-                self._observer.on_nonfinite()
-            self._observer.on_finished(event.finish_reason, event.timings)
-        if events:
-            self._deliver(events)
+        try:
+            for event in events:
+                if event.finish_reason is None or event.timings is None:
+                    continue
+                self._sampler.forget(event.request_id)
+                self._runner.forget(event.request_id)
+                if event.finish_reason is FinishReason.NONFINITE:
+                    self._observer.on_nonfinite()
+                self._observer.on_finished(event.finish_reason, event.timings)
+        finally:  # whatever an observer does, each request gets its end
+            if events:
+                self._deliver(events)
+
+    def _refuse(self, message: str, code: str) -> None:
+        if not self._has_failed:  # that reason stays
+            self._refusal = (message, code)
 
     def _is_idle(self) -> bool:
         return not self._is_stepping and not self._scheduler.has_work
 
     def _check_token_ids(self, prompt_ids: Seq[int]) -> None:
         if not prompt_ids:
-            raise InvalidRequest("the prompt has 0 tokens; at least 1 is needed; add text", param="prompt")
-        bounds = (min(prompt_ids), max(prompt_ids))
-        for token_id in bounds:
+            raise InvalidRequest(
+                "the prompt has 0 tokens; at least 1 is needed; add text", param="prompt", code="invalid_value"
+            )
+        for token_id in (min(prompt_ids), max(prompt_ids)):
             if not 0 <= token_id < self._config.vocab_size:
                 raise InvalidRequest(
                     f"token id {token_id} is outside the vocabulary, 0..{self._config.vocab_size - 1}; "
                     "use ids of this model's tokenizer",
                     param="prompt",
+                    code="invalid_value",
                 )
 
     def _check_length(self, num_prompt_tokens: int, num_tokens: int) -> None:
@@ -314,10 +348,3 @@ class Engine:
             param="prompt" if num_prompt_tokens >= limit else "max_tokens",
             code="context_length_exceeded",
         )
-
-
-def public_text(error: Exception) -> str:
-    """Class and first line of an error, without paths of this machine."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return _PATH.sub("<path>", text)[:_MAX_ERROR_CHARACTERS]

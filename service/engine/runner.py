@@ -1,109 +1,94 @@
-"""Runs the model on one packed row of tokens and returns the logits behind each sequence."""
+"""What the engine asks of a model, and the packed path: one row holds the tokens of all sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from service.engine.attention import STEP_KEYWORD, Chunk, Decodes, Span, Step, install
-from service.engine.blocks import KVBlocks
+from service.engine.blocks import Capacity, KVBlocks, plan_capacity
 from service.engine.scheduler import Work
-from service.errors import SettingError, UnsupportedModel
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+from service.engine.stats import EnginePath
 
 _PADDING_SLACK_BLOCKS = 16
 """Sequences whose lengths differ by no more are attended in one batch: another one costs more than the padding."""
 
 
-def check_supported(model: nn.Module) -> None:
-    """Refuse a model that a packed row would compute wrongly.
+class ModelRunner(Protocol):
+    """How an engine computes its model. Owned by the engine thread; `num_bytes` may be read from any.
 
-    Raises:
-        UnsupportedModel: names the model type and the reason.
-    """
-    reason = _unsupported_reason(model)
-    if reason is not None:
-        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise UnsupportedModel(
-            f"model type {model_type!r} cannot be served: {reason}; "
-            "use a decoder-only model with full or sliding-window attention"
-        )
-
-
-def _unsupported_reason(model: nn.Module) -> str | None:
-    if not getattr(model, "_supports_attention_backend", False):
-        return "it has no exchangeable attention function"
-    if getattr(model, "_is_stateful", False):
-        return "it keeps a recurrent state"
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    if getattr(config, "is_encoder_decoder", False):
-        return "it has an encoder"
-    if not getattr(config, "is_decoder", True) or not getattr(config, "is_causal", True):
-        return "it attends in both directions"
-    other_layers = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    if other_layers:
-        return f"it has layers of type {', '.join(sorted(other_layers))}"
-    length_dependent = _LENGTH_DEPENDENT_ROPE.intersection(_rope_types(getattr(config, "rope_parameters", None)))
-    if length_dependent:
-        return (
-            f"its rotary embedding ({', '.join(sorted(length_dependent))}) depends on the longest sequence of a batch"
-        )
-    return None
-
-
-def _rope_types(parameters: object) -> Iterator[str]:
-    """Rope types of a config, which has one set of parameters or one for each layer type."""
-    if isinstance(parameters, dict):
-        if "rope_type" in parameters:
-            yield parameters["rope_type"]
-        for nested in parameters.values():
-            yield from _rope_types(nested)
-
-
-class Runner:
-    """A model with its KV blocks. Owned by the engine thread.
-
-    A forward of one token tells what a token costs in the KV blocks; as many blocks as
-    `kv_memory_bytes` hold are then allocated.
-
-    Raises:
-        UnsupportedModel: the model would be computed wrongly.
-        SettingError: the memory holds no block.
+    Attributes:
+        path: in which way it computes.
+        chunked: whether the tokens of a prompt may be spread over several steps.
     """
 
-    def __init__(self, model: nn.Module, kv_memory_bytes: int) -> None:
-        check_supported(model)
-        install(model)
-        self._model = model.eval()
-        self._device = next(model.parameters()).device
-        self.kv = KVBlocks()
-        self._measure(kv_memory_bytes)
+    path: EnginePath
+    chunked: bool
 
-    @torch.inference_mode()
-    def _measure(self, kv_memory_bytes: int) -> None:
-        slots = torch.zeros(1, dtype=torch.int64, device=self._device)
-        span = Chunk(0, 1, position=0, first_slot=0, block_table=slots[None])
-        self._call(slots[None], slots[None], slots, Step(self.kv, slots, None, [span]))
-        bytes_per_block = self.kv.bytes_per_token * self.kv.block_size
-        num_blocks = kv_memory_bytes // bytes_per_block
-        if num_blocks < 1:
-            raise SettingError(
-                f"KV memory of {kv_memory_bytes} bytes holds no block of {self.kv.block_size} tokens; "
-                f"one takes {bytes_per_block} bytes; raise --kv-memory"
-            )
-        self.kv.resize(num_blocks)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys, values and states: sums over tensors."""
 
-    @torch.inference_mode()
+    def allocate(self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int) -> Capacity:
+        """Say what the memory holds, and take what is taken in advance.
+
+        Raises:
+            SettingError: the memory holds no block.
+        """
+
     def forward(self, works: Sequence[Work]) -> Tensor:
-        """Compute each work's tokens and store their keys and values.
+        """Compute each work's tokens and keep what the next ones need.
 
         Returns:
             Logits float32[len(works), vocab] behind the last token of each work.
         """
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept of a sequence that has ended."""
+
+
+class Runner:
+    """The packed path: a model with its KV blocks. A `ModelRunner`.
+
+    The first forward tells what a token costs in the KV blocks, so it comes before `allocate`.
+
+    Raises:
+        UnsupportedModel: the model takes no attention function.
+    """
+
+    path = EnginePath.PACKED
+    chunked = True
+
+    def __init__(self, model: nn.Module) -> None:
+        install(model)
+        self._model = model
+        self._device = next(model.parameters()).device
+        self.kv = KVBlocks()
+
+    @property
+    def num_bytes(self) -> int:
+        """See `ModelRunner`."""
+        return self.kv.num_bytes
+
+    @torch.inference_mode()
+    def allocate(self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int) -> Capacity:
+        """See `ModelRunner`; the blocks are made here, and what was stored before is dropped."""
+        capacity = plan_capacity(
+            kv_memory_bytes,
+            token_bytes=self.kv.bytes_per_token,
+            state_bytes=0,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        self.kv.resize(capacity.num_blocks)
+        return capacity
+
+    @torch.inference_mode()
+    def forward(self, works: Sequence[Work]) -> Tensor:
+        """See `ModelRunner`; all works are one row of tokens."""
         # Decodes first and by length, so that those of similar length lie next to each other.
         order = sorted(range(len(works)), key=lambda i: (works[i].count > 1, works[i].position))
         ordered = [works[i] for i in order]
@@ -116,6 +101,9 @@ class Runner:
             tails[i] = stop - 1
         step = Step(self.kv, slots, self._fresh_blocks(ordered), list(self._spans(ordered)))
         return self._call(ids[None], positions[None], torch.tensor(tails, device=self._device), step)
+
+    def forget(self, request_id: str) -> None:
+        """See `ModelRunner`; the blocks belong to the scheduler, and nothing else is kept."""
 
     def _call(self, ids: Tensor, positions: Tensor, tails: Tensor, step: Step) -> Tensor:
         output = self._model(

@@ -77,16 +77,24 @@ class Scheduler:
     """Queue, running sequences and their blocks. Not thread-safe: the engine holds its lock around each call.
 
     At most `min(max_num_seqs, max_num_batched_tokens)` sequences run, so that every step has at
-    least one token for each of them and none starves.
+    least one token for each of them and none starves. Without `chunked` a prompt is computed in one
+    step, whatever its length; such a step may hold more than `max_num_batched_tokens`, by at most one prompt.
     """
 
     def __init__(
-        self, allocator: BlockAllocator, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        allocator: BlockAllocator,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        chunked: bool = True,
     ) -> None:
         self._allocator = allocator
         self._block_size = block_size
         self._max_running = min(max_num_seqs, max_num_batched_tokens)
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._chunked = chunked
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._aborted: dict[str, FinishReason] = {}
@@ -178,7 +186,9 @@ class Scheduler:
         assert all(not sequence.block_table for sequence in self._waiting)
 
     def _add_chunk(self, works: list[Work], sequence: Sequence, budget: int) -> int:
-        count = min(_num_uncomputed(sequence), budget)
+        count = _num_uncomputed(sequence)
+        if self._chunked:
+            count = min(count, budget)
         if count > 0:
             works.append(Work(sequence, sequence.num_computed, count))
         return count

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal, Protocol
 
 from service.engine.sequence import FinishReason, SequenceTimings
+
+
+class EnginePath(StrEnum):
+    """In which way a model is computed, the fastest first.
+
+    PACKED: the tokens of all sequences are one row, keys and values lie in KV blocks.
+    PER_REQUEST: each sequence has a cache object of transformers, and a forward of its own in each step.
+    SINGLE: the model keeps its state in its modules, so one sequence runs at a time.
+    """
+
+    PACKED = "packed"
+    PER_REQUEST = "per-request"
+    SINGLE = "single"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +55,11 @@ class EngineState:
     Attributes:
         num_running, num_waiting: sequences.
         num_kv_blocks, num_free_kv_blocks: KV blocks of `block_size` tokens each.
-        kv_cache_bytes: bytes allocated for KV blocks.
+        kv_cache_bytes: bytes allocated for KV blocks; on other paths those of the caches that are held.
         last_step_at: Unix time of the last finished step; None before the first.
+        since_step_s: seconds since then, on the monotonic clock; None before the first.
+        has_failed: the engine thread has ended by an error of its own; only a restart helps.
+        path: in which way the model is computed; None before the start.
     """
 
     num_running: int
@@ -52,6 +69,9 @@ class EngineState:
     block_size: int
     kv_cache_bytes: int
     last_step_at: float | None
+    since_step_s: float | None = None
+    has_failed: bool = False
+    path: EnginePath | None = None
 
 
 class EngineObserver(Protocol):

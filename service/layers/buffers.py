@@ -1,4 +1,4 @@
-"""What every quantized module holds: the buffers of one encoded weight."""
+"""What every quantized module holds: the buffers of one encoded weight, or of a stack of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from service.kernels import dispatch
-from service.numerics.encode import decode, storage_shapes
+from service.numerics.encode import EncodedWeight, TensorSpec, decode, storage_shapes
 from service.numerics.schemes import QuantScheme
 
 
@@ -17,20 +17,28 @@ class QuantizedModule(nn.Module):
 
     They are uninitialised until a loader fills them, and keep their dtypes: `.to(dtype)`, `.half()` and
     the like move them only.
+
+    Args:
+        stacked: sizes in front of those of every buffer.
     """
 
     qweight: Tensor
     scales: Tensor
     zero_points: Tensor | None
 
-    def __init__(self, out_features: int, in_features: int, scheme: QuantScheme) -> None:
+    def __init__(
+        self, out_features: int, in_features: int, scheme: QuantScheme, *, stacked: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.scheme = scheme
         self._in_features = in_features
-        shapes = storage_shapes(out_features, in_features, scheme)
-        self.register_buffer("qweight", shapes.qweight.empty())
-        self.register_buffer("scales", shapes.scales.empty())
-        self.register_buffer("zero_points", shapes.zero_points.empty() if shapes.zero_points else None)
+        for name, spec in storage_shapes(out_features, in_features, scheme)._asdict().items():
+            buffer = None if spec is None else TensorSpec((*stacked, *spec.shape), spec.dtype).empty()
+            self.register_buffer(name, buffer)
+
+    def fill(self, encoded: EncodedWeight) -> None:
+        """Take over the buffers of an encoded weight."""
+        self.qweight, self.scales, self.zero_points = encoded.qweight, encoded.scales, encoded.zero_points
 
     def dequantize(self) -> Tensor:
         """The weights that the module computes with: float32[out, in]."""

@@ -16,6 +16,7 @@ class QuantizedEmbedding(QuantizedModule):
     Args:
         dtype: of the result; unlike the dtype of an unquantized embedding it does not follow `.to(dtype)`.
         padding_idx: kept for callers that read it; its row is stored like the others.
+        multiplier: of the rows, after their rounding; a tied head does not see it.
     """
 
     def __init__(
@@ -26,12 +27,14 @@ class QuantizedEmbedding(QuantizedModule):
         *,
         dtype: torch.dtype,
         padding_idx: int | None = None,
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, scheme)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.dtype = dtype
         self.padding_idx = padding_idx
+        self.multiplier = multiplier
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """int[...] -> float[..., embedding_dim]."""
@@ -43,7 +46,8 @@ class QuantizedEmbedding(QuantizedModule):
             scheme=self.scheme,
             in_features=self.embedding_dim,
         )
-        return rows.to(self.dtype).view(*token_ids.shape, self.embedding_dim)
+        rounded = rows.to(self.dtype).view(*token_ids.shape, self.embedding_dim)
+        return rounded if self.multiplier == 1 else rounded * self.multiplier
 
     def extra_repr(self) -> str:
         """Sizes and scheme, for `repr`."""

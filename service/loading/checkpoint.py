@@ -1,12 +1,12 @@
-"""Safetensors checkpoints as a lazy state dict: nothing is read until a tensor is asked for.
+"""Checkpoints as a lazy state dict: nothing is read until a tensor is asked for.
 
 `Checkpoint` gives transformers' loader a plain dict of names to `TensorRef`. The loader asks a ref for
 its dtype and shape and then indexes it once; only that reads, by positional reads into fresh anonymous
 memory. Files are never mapped: a mapped shard stays resident for as long as any tensor aliases it, and
 then the peak of a load is the size of the checkpoint.
 
-Format: 8 bytes little-endian header length, a JSON header of name -> {dtype, shape, data_offsets}, data.
-Source: https://github.com/huggingface/safetensors#format
+Format of safetensors: 8 bytes little-endian header length, a JSON header of name -> {dtype, shape, data_offsets}, data.
+Source: https://github.com/huggingface/safetensors#format. Of `.bin` files: see `pickles`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType, TracebackType
@@ -24,10 +24,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from service.errors import CheckpointError, ModelNotFound
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from service.errors import CheckpointError
+from service.loading.pickles import read_pickle
+from service.loading.shards import PICKLE_SUFFIX, shard_paths
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,6 +42,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_TAGS = {dtype: tag for tag, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 _READ_BYTES = 16 * 2**20  # one system call; progress advances at this grain
 
@@ -71,6 +71,7 @@ class TensorRef:
         begin, end: byte range of the tensor in the file, half open.
         tag: safetensors dtype, such as "BF16".
         shape: sizes.
+        strides: of the elements in the byte range; () if they lie in order.
     """
 
     name: str
@@ -81,6 +82,7 @@ class TensorRef:
     tag: str
     shape: tuple[int, ...]
     meter: ReadMeter
+    strides: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,11 +128,12 @@ class TensorRef:
                 )
             done += count
             self.meter.add(count, time.monotonic() - started)
-        return buffer.view(self.dtype).reshape(self.shape)
+        elements = buffer.view(self.dtype)
+        return elements.as_strided(self.shape, self.strides).contiguous() if self.strides else elements.view(self.shape)
 
     def same_bytes(self, other: TensorRef) -> bool:
-        """Whether another tensor has the same dtype, shape and contents, compared piece by piece."""
-        if (self.tag, self.shape) != (other.tag, other.shape):
+        """Whether another tensor has the same dtype, shape, order and contents, compared piece by piece."""
+        if (self.tag, self.shape, self.strides) != (other.tag, other.shape, other.strides):
             return False
         pieces = range(0, self.num_bytes, _READ_BYTES)
         return all(self._piece(start) == other._piece(start) for start in pieces)
@@ -184,57 +187,23 @@ class Checkpoint:
     def _add_shard(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._fds.append(fd)
-        for name, tag, shape, begin, end in read_header(path, fd):
-            if name in self.refs:
+        for ref in self._pickled(path, fd) if path.suffix == PICKLE_SUFFIX else self._tensors(path, fd):
+            if ref.name in self.refs:
                 raise CheckpointError(
-                    f"tensor {name!r} is in both {self.refs[name].path.name} and {path.name}; a name may appear once"
+                    f"tensor {ref.name!r} is in both {self.refs[ref.name].path.name} and {path.name}; "
+                    "a name may appear once"
                 )
-            self.refs[name] = TensorRef(name, path, fd, begin, end, tag, shape, self.meter)
+            self.refs[ref.name] = ref
 
+    def _tensors(self, path: Path, fd: int) -> Iterator[TensorRef]:
+        for name, tag, shape, begin, end in read_header(path, fd):
+            yield TensorRef(name, path, fd, begin, end, tag, shape, self.meter)
 
-def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those that the index names, or the single file.
-
-    Raises:
-        ModelNotFound: the folder holds no model.
-        CheckpointError: a shard that the index names is missing, or the index is damaged.
-    """
-    if (folder / INDEX_NAME).is_file():
-        names = index_shards(folder / INDEX_NAME)
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{len(missing)} of {len(names)} shards that {INDEX_NAME} names are missing, first {missing[0]}; "
-                "download the model again"
-            )
-        return [folder / name for name in names]
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
-    if any(folder.glob("pytorch_model*.bin")):
-        raise CheckpointError(
-            f"{folder.name} has only .bin weights, this version reads safetensors; convert the model with "
-            "save_pretrained()"
-        )
-    raise ModelNotFound(
-        f"{folder.name} has neither {SINGLE_NAME} nor {INDEX_NAME}; give the directory of a Hugging Face model"
-    )
-
-
-def index_shards(index: Path) -> list[str]:
-    """The file names that a shard index names, sorted.
-
-    Raises:
-        CheckpointError: the index is damaged, or names something outside of its folder.
-    """
-    try:
-        names = sorted(
-            {str(Path(name)) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index.name} is damaged ({error}); download the file again") from error
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index.name} names a shard outside of its folder; use a trusted checkpoint")
-    return names
+    def _pickled(self, path: Path, fd: int) -> Iterator[TensorRef]:
+        for name, dtype, shape, begin, end, strides in read_pickle(path):
+            if dtype not in _TAGS:
+                raise CheckpointError(f"{path.name}: tensor {name!r} is of {dtype}; real numbers are read only")
+            yield TensorRef(name, path, fd, begin, end, _TAGS[dtype], shape, self.meter, strides)
 
 
 def read_header(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...], int, int]]:

@@ -33,8 +33,7 @@ def check_names(info: Mapping[str, Any], record: LoadRecord, shared_heads: Itera
             f"{name} has shape {list(found)} in the checkpoint, the config asks for {list(expected)} "
             f"({len(mismatched)} such tensors); config and weights belong to different models"
         )
-    buffers = {f"{name}.{leaf}" for name in record.layers for leaf in ("qweight", "scales", "zero_points")}
-    missing = set(info["missing_keys"]) - buffers  # a layer's `weight` stands for them
+    missing = set(info["missing_keys"]) - record.buffer_names  # a layer's `weight` stands for them
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {_listed(missing)}; config and weights belong to different models, or "

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from service.loading.control_group import ControlGroups
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 _MIB = 1 << 20
 
@@ -33,14 +35,8 @@ def anonymous_bytes() -> int:
 def available_bytes() -> int:
     """Bytes that this process can still take without swapping, in its machine and its control group."""
     available = _field_bytes(Path("/proc/meminfo"), "MemAvailable")
-    limit, used = control_group("memory.max"), control_group("memory.current")
-    return min(available, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else available
-
-
-def control_group(name: str) -> str:
-    """A file of this process's control group (version 2, as a container sees its own); "" if there is none."""
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text(encoding="ascii").strip() if path.is_file() else ""
+    group = ControlGroups().memory()
+    return available if group is None else min(available, group.free_bytes)
 
 
 def _status_bytes(field: str) -> int:

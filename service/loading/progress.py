@@ -50,6 +50,11 @@ class LoadProgress:
         with self._lock:
             self._done_bytes += num_bytes
 
+    def expect(self, num_bytes: int) -> None:
+        """Add bytes to those of the current phase, as it finds out about them."""
+        with self._lock:
+            self._total_bytes += num_bytes
+
     @property
     def phase(self) -> Phase:
         """The current phase."""

@@ -6,32 +6,38 @@ most one tensor (or one group that is merged) is in full precision at any moment
 
 Per quantized layer a placeholder parameter `weight` stands on meta, so that the loader finds the name of the
 checkpoint. The conversion hook fills the buffers `qweight`, `scales` and `zero_points` in its stead; it goes
-when all are filled.
+when all are filled. Stacked experts are a parameter of their own, which is its own placeholder: the loader merges
+the experts of one layer, the hook encodes them one by one, and their layer takes the parameter's place at the end.
 
 Private names of transformers that are used here, each covered by a test: `HfQuantizer`, `ConversionOps`,
-`all_tied_weights_keys`, `_get_dtype_plan`, `_is_hf_initialized`.
+`all_tied_weights_keys`, `_get_dtype_plan`, `_is_hf_initialized`, `ExpertsInterface`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from service.errors import CheckpointError, PennyweightError
-from service.layers.replace import QuantizedLayer, Slot, Vocabulary, assign_schemes, can_quantize, swap
-from service.numerics.encode import encode
+from service.layers.experts import QuantizedExperts, forward_experts
+from service.layers.replace import QuantizedLayer, Slot, Vocabulary, assign_schemes, attach_experts, swap
+from service.numerics.encode import EncodedWeight, encode
 from service.numerics.recipe import Recipe
 
 METHOD = "pennyweight"
+_BUFFERS = ("qweight", "scales", "zero_points")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class LoadRecord:
     Attributes:
         slots: every weight that the recipe decides about.
         layers: the quantized layers to fill, by name.
+        names: the same names by that of the weight they stand for.
         encoded: errors of the layers filled so far.
         original_bytes, num_parameters: of the unquantized model at the serving dtype, tied tensors once.
         quantize_s, pack_s: wall seconds.
@@ -57,12 +64,18 @@ class LoadRecord:
 
     slots: list[Slot] = field(default_factory=list)
     layers: dict[str, tuple[Slot, QuantizedLayer]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     encoded: dict[str, EncodedLayer] = field(default_factory=dict)
     original_bytes: int = 0
     num_parameters: int = 0
     quantize_s: float = 0.0
     pack_s: float = 0.0
     failure: PennyweightError | None = None
+
+    @property
+    def buffer_names(self) -> set[str]:
+        """Full names of the buffers of the quantized layers; a symmetric one has fewer."""
+        return {f"{name}.{leaf}" for name in self.layers for leaf in _BUFFERS}
 
 
 @register_quantization_config(METHOD)
@@ -94,29 +107,50 @@ class LoadQuantizer(HfQuantizer):
         vocabulary = find_vocabulary(model)
         record.slots = assign_schemes(model, self.recipe, vocabulary, transposed_types=(Conv1D,))
         for slot in record.slots:
-            if slot.scheme.is_none or not can_quantize(model, slot):
+            if not slot.is_to_be_quantized:
                 continue
             layer = swap(model, slot, dtype)
             if layer is None:
                 model.all_tied_weights_keys.pop(f"{slot.name}.weight")
                 continue
-            stored = slot.shape[::-1] if slot.is_transposed else slot.shape
-            layer.register_parameter("weight", _placeholder(stored, dtype))
+            if not slot.num_experts:
+                layer.register_parameter("weight", _placeholder(slot.stored_shape, dtype))
+            # Families with rules of their own to initialise weights must not fill it.
+            model.get_parameter(slot.parameter)._is_hf_initialized = True  # type: ignore[attr-defined]
             record.layers[slot.name] = (slot, layer)
-        _read_in_file_dtype(model, [f"{name}.weight" for name in record.layers])
+            record.names[slot.parameter] = slot.name
+        _read_in_file_dtype(model, list(record.names))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for _, layer in self.record.layers.values():
-            del layer.weight
+        for slot, layer in self.record.layers.values():
+            if isinstance(layer, QuantizedExperts):
+                attach_experts(model, slot, layer)
+            else:
+                del layer.weight
+        if any(slot.num_experts for slot, _ in self.record.layers.values()):
+            ExpertsInterface.register(METHOD, forward_experts)
+            model.set_experts_implementation(METHOD)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the weight of a swapped layer."""
-        owner, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and owner in self.record.layers
+        """Whether this is the weight of a quantized layer."""
+        return param_name in self.record.names
 
     def get_quantize_ops(self) -> ConversionOps:
         """The conversion that the loader runs on each such weight."""
         return EncodeWeights(self.record)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Have experts merged with one copy in memory instead of two; all else stays as transformers has it."""
+        return [
+            conversion.copy(
+                conversion._original_source_patterns,
+                conversion._original_target_patterns,
+                operations=[StackExperts(self.record)],
+            )
+            if _stacks_experts(conversion)
+            else conversion
+            for conversion in weight_conversions
+        ]
 
     def is_serializable(self) -> bool:
         """False: plain transformers would read the codes as weights; artifacts have a format of their own."""
@@ -129,7 +163,7 @@ class LoadQuantizer(HfQuantizer):
 
 
 class EncodeWeights(ConversionOps):
-    """Quantizes and packs each weight of a swapped layer; passes other tensors through."""
+    """Quantizes and packs each weight of a quantized layer into its buffers; passes other tensors through."""
 
     def __init__(self, record: LoadRecord) -> None:
         self.record = record
@@ -138,46 +172,120 @@ class EncodeWeights(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, missing_keys: set[str], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Buffers by full name, for each weight by full name."""
-        converted: dict[str, Tensor] = {}
+        """The tensors that the loader is to install: those of no quantized layer."""
+        others: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
-            owner = name.removesuffix(".weight")
-            if owner not in self.record.layers:
-                converted[name] = tensor
+            layer_name = self.record.names.get(name)
+            if layer_name is None:
+                others[name] = tensor
                 continue
             try:
-                converted.update(self._encode(owner, tensor))
+                self._fill(layer_name, tensor)
             except PennyweightError as error:
                 self.record.failure = self.record.failure or error
                 raise
-            missing_keys.discard(name)
-        return converted
+            missing_keys -= {name, *(f"{layer_name}.{leaf}" for leaf in _BUFFERS)}
+        return others
 
-    def _encode(self, owner: str, weight: Tensor) -> dict[str, Tensor]:
-        slot, _ = self.record.layers[owner]
-        stored = tuple(reversed(slot.shape)) if slot.is_transposed else slot.shape
-        if tuple(weight.shape) != stored:
+    def _fill(self, layer_name: str, weight: Tensor) -> None:
+        slot, layer = self.record.layers[layer_name]
+        if tuple(weight.shape) != slot.stored_shape:
             raise CheckpointError(
-                f"{owner}.weight has shape {list(weight.shape)} in the checkpoint, the config asks for {list(stored)}; "
-                "config and weights belong to different models"
+                f"{slot.parameter} has shape {list(weight.shape)} in the checkpoint, the config asks for "
+                f"{list(slot.stored_shape)}; config and weights belong to different models"
             )
+        if isinstance(layer, QuantizedExperts) and slot.is_transposed:
+            for index, expert in enumerate(weight):
+                encoded = self._encode(slot, expert)
+                with _one_thread():
+                    layer.fill_expert(index, encoded)
+        else:
+            layer.fill(self._encode(slot, weight.flatten(0, -2)))  # rows of experts, one below the other
+
+    def _encode(self, slot: Slot, weight: Tensor) -> EncodedWeight:
+        """Encode a matrix as it is stored, and add up what that cost."""
         try:
             encoded = encode(weight.t() if slot.is_transposed else weight, slot.scheme)
         except PennyweightError as error:
-            raise type(error)(f"{owner}.weight: {error}") from error
-        self.record.quantize_s += encoded.quantize_s
-        self.record.pack_s += encoded.pack_s
-        self.record.encoded[owner] = EncodedLayer(encoded.signal, encoded.noise)
-        buffers = {"qweight": encoded.qweight, "scales": encoded.scales, "zero_points": encoded.zero_points}
-        return {f"{owner}.{leaf}": buffer for leaf, buffer in buffers.items() if buffer is not None}
+            raise type(error)(f"{slot.parameter}: {error}") from error
+        record = self.record
+        record.quantize_s += encoded.quantize_s
+        record.pack_s += encoded.pack_s
+        before = record.encoded.get(slot.name, EncodedLayer(0.0, 0.0))
+        record.encoded[slot.name] = EncodedLayer(before.signal + encoded.signal, before.noise + encoded.noise)
+        return encoded
+
+
+class StackExperts(ConversionOps):
+    """Merges the matrices of single experts into [experts, out, in], and lets go of each that has been copied.
+
+    transformers stacks the experts of each source, then concatenates the stacks: the same tensor, twice in memory.
+    """
+
+    def __init__(self, record: LoadRecord) -> None:
+        self.record = record
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The merged tensor under its one target, from a list of tensors per source."""
+        sources = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        shapes = [{tuple(tensor.shape) for tensor in tensors} for tensors in sources]
+        num_experts = {len(tensors) for tensors in sources}
+        if len(num_experts) != 1 or len(sources) != len(source_patterns) or any(len(found) != 1 for found in shapes):
+            self.record.failure = self.record.failure or CheckpointError(
+                f"{full_layer_name}: the checkpoint lacks weights of some experts, or they differ in shape; download "
+                "the model again"
+            )
+            raise self.record.failure
+        first = sources[0][0]
+        rows = sum(tensors[0].shape[0] for tensors in sources)
+        merged = first.new_empty(num_experts.pop(), rows, *first.shape[1:])
+        with _one_thread():
+            for index, expert in enumerate(merged):
+                torch.cat([tensors[index] for tensors in sources], out=expert)
+                for tensors in sources:
+                    tensors[index] = None
+        return {target_patterns[0]: merged}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Stay one: the loader copies a conversion, operations and all, for every tensor of the checkpoint."""
+        return self
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within it torch uses one thread: short copies between encoding threads wait long for threads of its own."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _stacks_experts(conversion: Any) -> bool:
+    """Whether a conversion merges lists of matrices along a new dimension and then, if several, their rows."""
+    if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+        return False
+    kinds = [type(operation) for operation in conversion.operations]
+    dims = [getattr(operation, "dim", None) for operation in conversion.operations]
+    num_sources = len(conversion.source_patterns)
+    return (kinds, dims, num_sources > 1) in (
+        ([MergeModulelist], [0], False),
+        ([MergeModulelist, Concatenate], [0, 1], True),
+    )
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    """A weight on meta, marked as initialised: families with rules of their own must not fill it."""
-    weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]
-    return weight
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
 def find_vocabulary(model: PreTrainedModel) -> Vocabulary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from service.layers.replace import Slot
 from service.loading.quantizer import LoadRecord
@@ -36,7 +36,7 @@ def _layer_report(model: nn.Module, record: LoadRecord, slot: Slot) -> LayerRepo
     encoded = record.encoded.get(storage)
     num_weights = slot.shape[0] * slot.shape[1]
     if encoded is None:
-        num_bytes, scheme, relative_error = _plain_weight(model, slot).nbytes, "none", 0.0
+        num_bytes, scheme, relative_error = model.get_parameter(slot.parameter).nbytes, "none", 0.0
     else:
         num_bytes = _storage_bytes(model.get_submodule(storage))
         scheme, relative_error = slot.scheme.name, math.sqrt(encoded.noise / encoded.signal) if encoded.signal else 0.0
@@ -44,7 +44,7 @@ def _layer_report(model: nn.Module, record: LoadRecord, slot: Slot) -> LayerRepo
         name=slot.name,
         shape=slot.shape,
         scheme=scheme,
-        reason=_reason(model, slot, is_quantized=encoded is not None),
+        reason=_reason(slot, is_quantized=encoded is not None),
         bytes=0 if slot.shares else num_bytes,
         bits_per_weight=8 * num_bytes / num_weights,
         relative_error=relative_error,
@@ -52,21 +52,11 @@ def _layer_report(model: nn.Module, record: LoadRecord, slot: Slot) -> LayerRepo
     )
 
 
-def _plain_weight(model: nn.Module, slot: Slot) -> Tensor:
-    owner, _, leaf = slot.name.rpartition(".")
-    module = model.get_submodule(owner)
-    candidate: nn.Module | Tensor = getattr(module, leaf)
-    return candidate.get_parameter("weight") if isinstance(candidate, nn.Module) else candidate
-
-
 def _storage_bytes(layer: nn.Module) -> int:
     return sum(buffer.nbytes for buffer in layer.buffers())
 
 
-def _reason(model: nn.Module, slot: Slot, *, is_quantized: bool) -> str:
-    if is_quantized or slot.scheme.is_none:
+def _reason(slot: Slot, *, is_quantized: bool) -> str:
+    if slot.shares or slot.scheme.is_none:
         return slot.reason
-    if slot.reason == "stacked experts":
-        return "stacked expert weights have no quantized layer in this version"
-    kind = type(model.get_submodule(slot.shares or slot.name)).__name__
-    return f"{kind} has no quantized layer in this version"
+    return "" if is_quantized else slot.obstacle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from service.errors import ModelNotFound, SettingError
-from service.loading.checkpoint import INDEX_NAME, SINGLE_NAME, index_shards
 from service.loading.progress import LoadProgress, Phase
+from service.loading.shards import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_SINGLE_NAME, SINGLE_NAME, index_shards
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+_CODE_FILES = ["*.py"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ModelSource:
     """A model on disk.
 
     Attributes:
-        folder: config, tokenizer and safetensors files.
+        folder: config, tokenizer and weight files.
         name: what `/v1/models` calls it: the hub id, or the directory's own name.
         revision: hub commit, or "local".
     """
@@ -41,10 +41,18 @@ class ModelSource:
     revision: str
 
 
-def resolve_source(model: str, *, revision: str | None, cache_dir: Path | None, progress: LoadProgress) -> ModelSource:
+def resolve_source(
+    model: str,
+    *,
+    revision: str | None,
+    cache_dir: Path | None,
+    progress: LoadProgress,
+    with_code: bool = False,
+) -> ModelSource:
     """Find a local directory, or download a hub repository (or take it from the cache).
 
-    Only config, tokenizer and safetensors files are downloaded. `HF_HUB_OFFLINE=1` forbids the network.
+    Only config, tokenizer and weight files are downloaded, and code if asked for. `HF_HUB_OFFLINE=1` forbids the
+    network.
 
     Raises:
         ModelNotFound: no such directory, repository or revision; gated; or offline without a local copy.
@@ -58,11 +66,14 @@ def resolve_source(model: str, *, revision: str | None, cache_dir: Path | None, 
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelNotFound(f"{model}: no such directory; give a local directory or a hub id such as org/name")
     progress.enter(Phase.DOWNLOAD)
-    snapshot = _download(model, revision, cache_dir, progress)
+    small_files = _SMALL_FILES + (_CODE_FILES if with_code else [])
+    snapshot = _download(model, revision, cache_dir, small_files=small_files, progress=progress)
     return ModelSource(folder=snapshot, name=model, revision=snapshot.name)
 
 
-def _download(model: str, revision: str | None, cache_dir: Path | None, progress: LoadProgress) -> Path:
+def _download(
+    model: str, revision: str | None, cache_dir: Path | None, *, small_files: list[str], progress: LoadProgress
+) -> Path:
     def fetch(patterns: list[str]) -> Path:
         return Path(
             snapshot_download(
@@ -70,15 +81,19 @@ def _download(model: str, revision: str | None, cache_dir: Path | None, progress
                 revision=revision,
                 cache_dir=cache_dir,
                 allow_patterns=patterns,
-                tqdm_class=_progress_bar(progress.advance),
+                tqdm_class=_progress_bar(progress),
             )
         )
 
     try:
-        folder = fetch(_SMALL_FILES)
-        index = folder / INDEX_NAME
-        shards = index_shards(index) if index.is_file() else [SINGLE_NAME]
-        return fetch([*_SMALL_FILES, *shards])
+        folder = fetch(small_files)
+        for index_name, single_name in ((INDEX_NAME, SINGLE_NAME), (PICKLE_INDEX_NAME, PICKLE_SINGLE_NAME)):
+            index = folder / index_name
+            shards = index_shards(index) if index.is_file() else [single_name]
+            folder = fetch([*small_files, *shards])
+            if any((folder / shard).is_file() for shard in shards):
+                break
+        return folder
     except GatedRepoError as error:
         raise ModelNotFound(
             f"{model} is gated: ask for access on its hub page, then set HF_TOKEN to a token that has it"
@@ -106,19 +121,23 @@ def _download(model: str, revision: str | None, cache_dir: Path | None, progress
         ) from error
 
 
-def _progress_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
+def _progress_bar(progress: LoadProgress) -> type[tqdm]:
     class DownloadBar(tqdm):
-        """The usual bar; bytes that reach the disk also go to `on_bytes`."""
+        """The usual bar; bytes that reach the disk, and those that will, are also told to `progress`."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # Two bars count bytes: received, and written. A bar that is not shown keeps none of its options.
             self._counts = kwargs.get("unit") == "B" and str(kwargs.get("desc", "")).startswith("Reconstructing")
+            self._num_expected = 0
             super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             """Advance by n."""
             if self._counts and n:
-                on_bytes(int(n))
+                total = int(self.total or 0)  # grows as files begin
+                progress.expect(total - self._num_expected)
+                self._num_expected = total
+                progress.advance(int(n))
             return super().update(n)
 
     return DownloadBar

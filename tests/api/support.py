@@ -15,14 +15,31 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from service.api.listener import open_port
 from service.app import Service
 from service.loading.progress import Phase
 from service.settings import Settings
-from tests.models import write_checkpoint
+from tests.models import END_OF_TEXT, VOCAB_SIZE, build_tokenizer, write_checkpoint
 
 TIMEOUT_S = 60.0
+TURN, END_OF_TURN, THINK = "<|turn|>", "<|end|>", "<think>"
+"""Tokens of the chat model; the last is added and not special."""
+CHAT_VOCAB_SIZE = VOCAB_SIZE + 4
+LOOP = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['content'] == 'raise' %}{{ raise_exception('the roles\n must \x1b[1malternate') }}{% endif %}"
+    f"{{% if m['content'] == 'loop' %}}{LOOP}{{% endif %}}"
+    "{% if m['content'] == 'grow' %}{{ m['content'] * 10 ** 9 }}{% endif %}"
+    "{% if m['content'] == 'stretch' %}{{ m['content'] * 10 ** 6 }}{% endif %}"
+    "{% if m['content'] == 'wrong' %}{{ m['content'] + 5 }}{% endif %}"
+    f"{{{{ '{TURN}' + m['role'] + '\n' + m['content'] + '{END_OF_TURN}\n' }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ '{TURN}assistant\n' }}}}{{% endif %}}"
+)
+"""Turns with their roles; some contents make it misbehave."""
 CANARY = {"prompt": "The sea", "max_tokens": 4, "temperature": 0}
 
 
@@ -131,4 +148,26 @@ def write_faulty_checkpoint(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del config["architectures"]  # its class is no ...ForCausalLM by name
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def build_chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """The tokenizer of `tests.models` with control tokens, which begins each text with `END_OF_TEXT`."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": [TURN, END_OF_TURN]})
+    tokenizer.add_tokens([THINK])
+    bos = (END_OF_TEXT, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[bos])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write_chat_checkpoint(folder: Path, *, template: str | None = CHAT_TEMPLATE, **generation: Any) -> Path:
+    """A tiny Llama with control tokens and a chat template; `generation` goes into its generation config."""
+    write_checkpoint("llama", folder, vocab_size=CHAT_VOCAB_SIZE)
+    (folder / "chat_template.jinja").unlink()
+    build_chat_tokenizer(template).save_pretrained(folder)
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | generation
+    path.write_text(json.dumps(config), encoding="utf-8")
     return folder

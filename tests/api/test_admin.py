@@ -56,6 +56,9 @@ def test_the_schema_has_all_routes_and_none_that_is_not_built(running: RunningSe
     assert all("422" not in operation["responses"] for path in paths.values() for operation in path.values())
     assert set(paths) == {
         "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
         "/generate",
         "/v1/models",
         "/v1/models/{model_id}",

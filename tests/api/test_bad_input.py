@@ -123,8 +123,8 @@ def test_the_native_route_refuses_the_same_fields(running: RunningService, field
         ('{"prompts": []}', INVALID, "prompts", "a list of 1 to 128 prompts"),
         ('{"token_ids": "a"}', INVALID, "token_ids", "a list of token ids"),
         ('{"token_ids": []}', INVALID, "token_ids", "is empty"),
-        (f'{{"token_ids": [{VOCAB_SIZE}]}}', None, "token_ids", "300 is outside the vocabulary, 0..299"),
-        ('{"prompts": ["a", [-1]]}', None, "prompts", "-1 is outside the vocabulary"),
+        (f'{{"token_ids": [{VOCAB_SIZE}]}}', INVALID, "token_ids", "300 is outside the vocabulary, 0..299"),
+        ('{"prompts": ["a", [-1]]}', INVALID, "prompts", "-1 is outside the vocabulary"),
         (json.dumps({"token_ids": [5] * CONTEXT}), TOO_LONG, "token_ids", "256 prompt tokens"),
     ],
     ids=lambda value: str(value)[:40],
@@ -192,7 +192,7 @@ def test_more_than_the_context_is_400_with_the_numbers(
 @pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE, 2**31, 2**64])
 def test_a_token_id_outside_the_vocabulary_is_400(running: RunningService, token_id: int) -> None:
     response = running.complete(prompt=[5, token_id])
-    assert_error(response, 400, param="prompt", code=None, message=f"{token_id} is outside the vocabulary, 0..299")
+    assert_error(response, 400, param="prompt", code=INVALID, message=f"{token_id} is outside the vocabulary, 0..299")
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/generate"])
@@ -203,7 +203,7 @@ def test_an_unknown_model_is_404(running: RunningService, route: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "route"),
-    [("GET", "/v1/chat"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"), ("GET", "/"), ("GET", "/%ff%00")],
+    [("GET", "/v1/chat"), ("POST", "/v1/embeddings"), ("GET", "/"), ("GET", "/%ff%00")],
 )
 def test_an_unknown_route_is_404(running: RunningService, method: str, route: str) -> None:
     response = running.client.request(method, route)

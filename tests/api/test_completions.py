@@ -151,7 +151,9 @@ def test_a_full_queue_is_429_with_the_time_to_wait(running: RunningService, gate
         waiting = pool.submit(running.complete, prompt=["a"] * 4, max_tokens=1)
         assert eventually(lambda: running.metric("requests_waiting") == 4)
         response = running.complete(prompt="a", max_tokens=1)
-        assert_error(response, 429, param=None, code=None, message="4 requests wait, as many as --max-queue allows")
+        assert_error(
+            response, 429, param=None, code="queue_full", message="4 requests wait, all that --max-queue allows"
+        )
         assert int(response.headers["retry-after"]) >= 1
         gate.opened.set()
         assert blocked.result().status_code == waiting.result().status_code == 200

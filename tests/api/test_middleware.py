@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import uuid
@@ -14,7 +13,6 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.errors import install_error_handlers
-from service.api.logs import JsonFormatter, TextFormatter
 from service.api.middleware import RequestMiddleware
 from service.loading.progress import LoadProgress
 from service.metrics import Metrics
@@ -67,18 +65,3 @@ def test_a_request_leaves_one_line_in_the_log_and_a_probe_none(
         assert eventually(lambda: len(caplog.messages) >= 1)
     assert len(caplog.messages) == 1
     assert re.fullmatch(r"other unknown 404 \d+\.\d{3} s", caplog.messages[0])
-
-
-def _record(message: str) -> logging.LogRecord:
-    return logging.LogRecord("service.test", logging.INFO, __file__, 1, message, None, None)
-
-
-def test_a_json_line_is_one_line_whatever_the_message() -> None:
-    line = JsonFormatter().format(_record("two\nlines\r\x1b[31m"))
-    assert line.isprintable()
-    entry = json.loads(line)
-    assert (entry["message"], entry["level"], entry["logger"]) == ("two\nlines\r\x1b[31m", "INFO", "service.test")
-
-
-def test_a_text_line_without_a_request_has_no_id() -> None:
-    assert TextFormatter("%(message)s%(request)s").format(_record("hello")) == "hello"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
-from service.app import available_threads
 from service.loading.progress import Phase
 from tests.api.support import RunningService, assert_error, eventually, run_service, sse_events, start_service
+from tests.hub import serve_hub, use
 
 TINY: dict[str, Any] = {"device": "cpu", "dtype": "float32", "threads": 1, "kv_memory": 2**22}
 
@@ -48,6 +48,39 @@ def test_a_load_that_fails_ends_the_service_with_its_code_and_message(
     assert re.search(message, caplog.messages[-1])
 
 
+@pytest.mark.parametrize(
+    ("model", "cache", "is_offline", "exit_code", "message"),
+    [
+        ("org/gated", "cache", False, 1, "org/gated is gated: .* set HF_TOKEN"),
+        ("org/other", "cache", False, 1, "org/other: no such hub repository"),
+        ("org/gated", "cache", True, 1, "org/gated is not in the local cache .* unset HF_HUB_OFFLINE"),
+        ("org/gated", "file/cache", False, 2, "file/cache: the cache directory cannot be written"),
+    ],
+    ids=["gated", "missing", "offline", "cache"],
+)
+def test_a_hub_model_that_cannot_be_had_ends_the_service(
+    model: str,
+    cache: str,
+    is_offline: bool,
+    exit_code: int,
+    message: str,
+    *,
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    with serve_hub("org/gated", Path(tiny["model"]), gated=not cache.startswith("file")) as hub:
+        use(hub, monkeypatch)
+        settings = tiny | {"model": model, "cache_dir": str(tmp_path / cache)}
+        with caplog.at_level(logging.ERROR, "service.app"), start_service(settings) as running:
+            assert running.wait_for_end() == exit_code
+    assert re.search(message, caplog.messages[-1])
+
+
 def test_a_model_without_a_tokenizer_is_refused(
     tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,7 +98,13 @@ def test_a_failed_load_is_told_as_long_as_asked(tiny: dict[str, Any]) -> None:
         assert (answer.status_code, answer.json()["phase"]) == (503, "failed")
         assert running.client.get("/livez").status_code == 200
         refused = running.complete(prompt="a")
-        assert_error(refused, 503, param=None, code="failed", message="phase failed")
+        assert_error(
+            refused,
+            503,
+            param=None,
+            code="failed",
+            message="the service has failed; its log has the reason; restart it",
+        )
     assert running.service.exit_code == 1
 
 
@@ -100,13 +139,3 @@ def test_the_context_is_what_the_kv_memory_holds_if_that_is_less(tiny: dict[str,
 def _assert_fits(running: RunningService, num_prompt_tokens: int, max_tokens: int) -> None:
     response = running.complete(prompt=[5] * num_prompt_tokens, max_tokens=max_tokens)
     assert response.status_code == 200, response.text
-
-
-def test_threads_are_bounded_by_affinity() -> None:
-    cpus = os.sched_getaffinity(0)
-    assert 1 <= available_threads() <= len(cpus)
-    os.sched_setaffinity(0, {min(cpus)})
-    try:
-        assert available_threads() == 1
-    finally:
-        os.sched_setaffinity(0, cpus)

@@ -8,34 +8,75 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
+from tokenizers.decoders import Decoder
+from tokenizers.models import BPE, Unigram
+from transformers import PreTrainedTokenizerFast
 
 from service.api.text import Detokenizer, StopMatcher, TextCodec, TextStream
 from service.demo import model_folder
 from service.errors import PromptTooLong
 
 CONTEXT = 100
-BYTE_LEVEL = TextCodec(Tokenizer.from_file(str(model_folder() / "tokenizer.json")), context_length=CONTEXT)
 
 
-def _byte_fallback_codec() -> TextCodec:
-    """Words with a leading blank mark, and a token for each byte, as sentencepiece models have."""
-    words = ["<unk>", "▁the", "▁sea", "▁", "a", "b", "."]
-    vocabulary = {name: i for i, name in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+def codec_of(core: Tokenizer) -> TextCodec:
+    return TextCodec(PreTrainedTokenizerFast(tokenizer_object=core), context_length=CONTEXT)  # type: ignore[no-untyped-call]
+
+
+BYTE_LEVEL = codec_of(Tokenizer.from_file(str(model_folder() / "tokenizer.json")))
+
+
+WORDS = ["<unk>", "▁the", "▁sea", "▁", "a", "b", "."]
+"""As sentencepiece spells them: a mark is the blank before a word."""
+FIRST_BYTE_ID = len(WORDS)
+
+
+def byte_fallback_codec(decoder: Decoder) -> TextCodec:
+    """Words and a token for each byte, and two special tokens, as sentencepiece models have."""
+    names = [*WORDS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return TextCodec(tokenizer, context_length=CONTEXT)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.decoder = decoder
+    return codec_of(tokenizer)
 
 
-BYTE_FALLBACK = _byte_fallback_codec()
-FIRST_BYTE_ID = 7
+def unigram_codec() -> TextCodec:
+    """Words and characters alone, decoded by Metaspace."""
+    tokenizer = Tokenizer(Unigram([(name, -float(i)) for i, name in enumerate([*WORDS, "é", "€"])], unk_id=0))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return codec_of(tokenizer)
+
+
+BYTE_FALLBACK = byte_fallback_codec(
+    decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+)
+METASPACE = byte_fallback_codec(
+    decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+)
+UNIGRAM = unigram_codec()
+SPECIAL_IDS = [FIRST_BYTE_ID + 256, FIRST_BYTE_ID + 257]
 
 token_ids = st.lists(st.integers(0, BYTE_LEVEL.tokenizer.get_vocab_size() - 1), max_size=40)
 # The 256 single bytes of a byte-level vocabulary come first: runs of them are broken and whole characters.
 byte_ids = st.lists(st.integers(0, 260), max_size=40)
 any_ids = st.one_of(token_ids, byte_ids, st.text().map(lambda text: BYTE_LEVEL.tokenizer.encode(text).ids))
+
+
+def _joined(runs: list[list[int]]) -> list[int]:
+    return [token_id for run in runs for token_id in run]
+
+
+words = st.lists(st.sampled_from(range(FIRST_BYTE_ID)), min_size=1, max_size=4)
+specials = st.lists(st.sampled_from(SPECIAL_IDS), min_size=1, max_size=3)
+spelled = st.text(alphabet="é€😀", min_size=1, max_size=3).map(lambda text: [FIRST_BYTE_ID + b for b in text.encode()])
+sentencepiece_ids = st.lists(st.one_of(words, specials, spelled), max_size=12).map(_joined)
+unigram_ids = st.lists(st.integers(0, UNIGRAM.tokenizer.get_vocab_size() - 1), max_size=20)
+demo_ids = st.lists(
+    st.one_of(st.just([0]), st.text(max_size=8).map(lambda text: BYTE_LEVEL.tokenizer.encode(text).ids)), max_size=8
+).map(_joined)
+chunk_sizes = st.lists(st.integers(1, 5), max_size=20)
 
 
 def _split(ids: list[int], sizes: list[int]) -> list[list[int]]:
@@ -62,6 +103,28 @@ def test_a_continuation_is_what_the_whole_text_has_more_than_the_prompt(prompt: 
     ids = BYTE_LEVEL.tokenizer.encode(answer).ids
     pieces = _pieces(Detokenizer(BYTE_LEVEL, prompt_ids), [[i] for i in ids])
     assert "".join(pieces) == BYTE_LEVEL.decode(prompt_ids + ids)[len(BYTE_LEVEL.decode(prompt_ids)) :]
+
+
+@pytest.mark.parametrize(
+    ("codec", "all_ids"),
+    [
+        (BYTE_LEVEL, demo_ids),
+        (BYTE_FALLBACK, sentencepiece_ids),
+        (METASPACE, sentencepiece_ids),
+        (UNIGRAM, unigram_ids),
+    ],
+    ids=["byte level", "byte fallback", "metaspace", "unigram"],
+)
+@given(data=st.data(), sizes=chunk_sizes)
+def test_every_kind_of_tokenizer_gives_in_pieces_what_it_gives_at_once(
+    codec: TextCodec, all_ids: st.SearchStrategy[list[int]], data: st.DataObject, sizes: list[int]
+) -> None:
+    prompt, ids = data.draw(all_ids), data.draw(all_ids)
+    expected = codec.decode(prompt + ids)[len(codec.decode(prompt)) :]
+    pieces = _pieces(Detokenizer(codec, prompt), _split(ids, sizes))
+    assert "".join(pieces) == expected
+    assert "\ufffd" not in expected or codec is BYTE_LEVEL
+    assert all(expected.startswith("".join(pieces[:end])) for end in range(len(pieces)))
 
 
 @given(st.text(alphabet="é€😀ab.", max_size=30))
@@ -141,6 +204,14 @@ def test_a_stop_string_in_the_bytes_held_back_at_the_end_still_counts() -> None:
 def test_encoding_is_the_tokenizers_own() -> None:
     text = "The captain looked at the sea."
     assert asyncio.run(BYTE_LEVEL.encode(text, param="prompt")) == BYTE_LEVEL.tokenizer.encode(text).ids
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither_here() -> None:
+    core = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
+    core.enable_truncation(4)
+    core.enable_padding(length=64)
+    text = "The captain looked at the sea and at the sky."
+    assert asyncio.run(codec_of(core).encode(text, param="prompt")) == BYTE_LEVEL.tokenizer.encode(text).ids
 
 
 def test_more_characters_than_the_context_can_hold_are_refused() -> None:

@@ -10,65 +10,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.bench_engine import machine
+from tests.e2e.support import started
 from tests.large import write_large_checkpoint
 from tests.models import build_tokenizer
 
 RECIPES = ("w8a16", "w4a16-g64", "none")
-POLL_S = 0.02
-TIMEOUT_S = 300.0
 MB = 10**6
 
 
 def start(*arguments: str) -> dict[str, Any]:
-    """Serve until ready; seconds from the command to `/livez` and `/readyz`, and the load report."""
+    """Serve until ready; seconds from the command to `/livez` and to readiness, and the load report."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        url = next(found[1] for line in process.stderr if (found := re.search(r"listening on (http://\S+)", line)))
-        live_s = wait_for(f"{url}/livez") - began
-        ready_s = wait_for(f"{url}/readyz") - began
-        with urllib.request.urlopen(f"{url}/v1/quantization", timeout=30) as response:
-            report = json.load(response)
-        return {"livez_s": live_s, "ready_s": ready_s, "report": report, "peak_bytes": peak_bytes(process.pid)}
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-def wait_for(url: str) -> float:
-    """The moment at which a probe answers 200."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                if response.status == 200:
-                    return time.monotonic()
-        except urllib.error.HTTPError as error:
-            error.close()
-        except OSError:
-            pass
-        time.sleep(POLL_S)
-    raise TimeoutError(url)
-
-
-def peak_bytes(pid: int) -> int:
-    """Most resident bytes of a process so far."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    with started("--threads", "auto", *arguments) as server, server.client() as client:
+        assert client.get("/livez").status_code == 200
+        live_s = time.monotonic() - began
+        server.wait_for_log("ready: ")
+        assert client.get("/readyz").status_code == 200
+        ready_s = time.monotonic() - began
+        report = client.get("/v1/quantization").json()
+        return {"livez_s": live_s, "ready_s": ready_s, "report": report, "peak_bytes": server.peak_bytes()}
 
 
 def measure_demo(num_rounds: int) -> list[dict[str, float]]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,13 @@ class ServerProcess:
         log: lines of stderr so far.
     """
 
-    def __init__(self, arguments: tuple[str, ...]) -> None:
+    def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+        # Tests run beside one another: one thread each, unless a measurement asks for more.
+        threads = () if "--threads" in arguments else ("--threads", "1")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service", "serve", "--port", "0", "--threads", "1", *arguments],
+            [sys.executable, "-m", "service", "serve", "--port", "0", *threads, *arguments],
             cwd=ROOT,
-            env=clean_environment(),
+            env=clean_environment() | dict(environment),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -50,6 +52,13 @@ class ServerProcess:
         with self._has_news:
             found = self._has_news.wait_for(lambda: any(text in line for line in self.log), TIMEOUT_S)
         assert found, self.log
+
+    def peak_bytes(self) -> int:
+        """Most resident bytes of the process so far (VmHWM)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        assert found is not None
+        return int(found[1]) * 1024
 
     def exit_code(self) -> int:
         """Wait for the end; all of the log is there then."""
@@ -82,9 +91,9 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[ServerProcess]:
-    """Start the command; it is killed at the end if it still runs."""
-    server = ServerProcess(arguments)
+def started(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+    """Start the command with more variables; it is killed at the end if it still runs."""
+    server = ServerProcess(arguments, environment or {})
     try:
         yield server
     finally:
@@ -92,9 +101,11 @@ def started(*arguments: str) -> Iterator[ServerProcess]:
 
 
 @contextmanager
-def ready(*arguments: str) -> Iterator[tuple[ServerProcess, httpx.Client]]:
+def ready(
+    *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[ServerProcess, httpx.Client]]:
     """Start the command and wait until it takes requests."""
-    with started(*arguments) as server, server.client() as client:
+    with started(*arguments, environment=environment) as server, server.client() as client:
         server.wait_for_log("ready: ")
         assert client.get("/readyz").status_code == 200
         yield server, client

@@ -42,14 +42,12 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
 def serve_and_measure(folder: Path, recipe: str) -> LoadFigures:
     options = ["--device", "cpu", "--dtype", "bfloat16", "--kv-memory", "64MiB"]
     with ready(str(folder), "--quantize", recipe, *options) as (server, client):
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        peak_bytes = server.peak_bytes()
         report = client.get("/v1/quantization").json()
         metrics = client.get("/metrics").text
-    peak_kb = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)
     exported = re.search(r'^pennyweight_load_peak_bytes\{.*where="host".*\} (\S+)$', metrics, re.M)
-    assert peak_kb is not None
     assert exported is not None
-    return LoadFigures(int(peak_kb[1]) * 1024, report, float(exported[1]))
+    return LoadFigures(peak_bytes, report, float(exported[1]))
 
 
 @pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g64"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -173,8 +174,8 @@ def greedy(max_tokens: int, stop_token_ids: frozenset[int] = frozenset()) -> Sam
 
 
 def solo(model: nn.Module, prompt: list[int], params: SamplingParams) -> list[int]:
-    """Tokens of one request that has the engine for itself."""
-    with running(model) as (engine, recorder):
+    """Tokens of one request that has an engine and a copy of the model for itself."""
+    with running(copy.deepcopy(model)) as (engine, recorder):
         engine.submit("solo", prompt, params)
         recorder.end("solo")
     return recorder.tokens("solo")

@@ -3,18 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.engine.blocks import KVBlocks
-from service.engine.runner import Runner
+from service.engine.blocks import Capacity, KVBlocks, plan_capacity
 from service.errors import SettingError
-from tests.engine.support import BYTES_PER_BLOCK, make_model
+from tests.engine.support import BYTES_PER_BLOCK, make_model, running
 
 KEY_SHAPE, VALUE_SHAPE = (2, 8), (2, 4)  # K and V differ, as in multi-head latent attention
 
 
 def make_blocks(num_blocks: int) -> KVBlocks:
     kv = KVBlocks(block_size=4)
-    kv.append(0, torch.zeros(1, *KEY_SHAPE), torch.zeros(1, *VALUE_SHAPE), torch.tensor([0]))
-    kv.append(1, torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.tensor([0]))
+    kv.add_layer(0, torch.zeros(1, *KEY_SHAPE), torch.zeros(1, *VALUE_SHAPE))
+    kv.add_layer(1, torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
     kv.resize(num_blocks)
     return kv
 
@@ -47,12 +46,32 @@ def test_view_shares_memory_with_the_store() -> None:
 
 @pytest.mark.parametrize(("family", "ratio"), [("llama", 1), ("gpt2", 2)], ids=["2-kv-heads", "4-kv-heads"])
 def test_as_many_blocks_are_made_as_the_memory_holds(family: str, ratio: int) -> None:
-    runner = Runner(make_model(family), 10 * ratio * BYTES_PER_BLOCK - 1)
-    assert runner.kv.num_blocks == 9
-    assert runner.kv.num_bytes == 9 * ratio * BYTES_PER_BLOCK
+    with running(make_model(family), kv_memory_bytes=10 * ratio * BYTES_PER_BLOCK - 1) as (engine, _):
+        state = engine.state()
+    assert state.num_kv_blocks == 9
+    assert state.kv_cache_bytes == 9 * ratio * BYTES_PER_BLOCK
+
+
+def plan(memory_bytes: int, token_bytes: int, state_bytes: int) -> Capacity:
+    return plan_capacity(
+        memory_bytes, token_bytes=token_bytes, state_bytes=state_bytes, max_num_seqs=4, max_model_len=40
+    )
+
+
+def test_states_leave_half_of_the_memory_to_tokens() -> None:
+    assert plan(100_000, 10, 1000) == Capacity(num_blocks=96_000 // 160, num_seqs=4)
+    assert plan(6_000, 10, 1000) == Capacity(num_blocks=3_000 // 160, num_seqs=3)
+    assert plan(1_160, 10, 1000) == Capacity(num_blocks=1, num_seqs=1)
+
+
+def test_where_nothing_grows_with_tokens_only_the_states_are_bounded() -> None:
+    assert plan(100_000, 0, 1000) == Capacity(num_blocks=4 * 3, num_seqs=4)
+    assert plan(2_999, 0, 1000) == Capacity(num_blocks=2 * 3, num_seqs=2)
+    assert plan(1, 0, 0) == Capacity(num_blocks=4 * 3, num_seqs=4)
 
 
 def test_memory_below_one_block_is_refused() -> None:
-    message = f"KV memory of {BYTES_PER_BLOCK - 1} bytes .* one takes {BYTES_PER_BLOCK} bytes; raise --kv-memory"
-    with pytest.raises(SettingError, match=message):
-        Runner(make_model("llama"), BYTES_PER_BLOCK - 1)
+    with pytest.raises(SettingError, match=r"KV memory of 159 bytes holds .* one takes 160 bytes; raise --kv-memory"):
+        plan(159, 10, 0)
+    with pytest.raises(SettingError, match="and the 1000 bytes of a sequence's state; one takes 1160 bytes; raise"):
+        plan(1159, 10, 1000)

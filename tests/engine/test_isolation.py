@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedModel
 
-from service.engine.engine import Engine, EngineConfig, public_text
-from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent
+from service.engine.engine import Engine, EngineConfig
+from service.engine.messages import public_text
+from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
+from service.errors import Unavailable
 from tests.engine.support import (
     BYTES_PER_BLOCK,
     TIMEOUT_S,
@@ -120,6 +122,25 @@ def test_a_consumer_that_raises_stops_the_engine_loudly(
     assert recorder.reason("a") is FinishReason.ERROR
     engine.drain(TIMEOUT_S)
     assert "the engine thread failed" in caplog.text
+    assert engine.state().has_failed
+    with pytest.raises(Unavailable, match="the engine has failed; restart the service"):
+        engine.submit("b", make_prompt(4), greedy(9))
+    engine.stop()
+
+
+def test_an_observer_that_raises_takes_no_end_from_a_request(llama: PreTrainedModel) -> None:
+    class Raising(Recorder):
+        def on_finished(self, reason: FinishReason, timings: SequenceTimings) -> None:
+            raise RuntimeError("a defect")
+
+    recorder = Raising()
+    config = EngineConfig(max_model_len=64, kv_memory_bytes=1 << 20, vocab_size=VOCAB_SIZE)
+    engine = Engine(llama, config, observer=recorder, deliver=recorder.deliver)
+    engine.start()
+    engine.submit("a", make_prompt(4), greedy(2))
+    assert recorder.reason("a") is FinishReason.LENGTH
+    engine.drain(TIMEOUT_S)
+    assert engine.state().has_failed
     engine.stop()
 
 

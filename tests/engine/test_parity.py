@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedModel
 
+from service.engine.stats import EnginePath
 from tests.engine.support import BYTES_PER_BLOCK, generate, greedy, make_model, make_prompt, running
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "gpt2", "mistral", "gemma2", "gpt-oss"]
@@ -25,6 +26,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_a_sequence_alone_gets_the_tokens_of_generate(case: Case) -> None:
     model, expected = case
     with running(model) as (engine, recorder):
+        assert engine.path is engine.state().path is EnginePath.PACKED
         for i, prompt in enumerate(PROMPTS):
             engine.submit(str(i), prompt, greedy(MAX_TOKENS))
             recorder.end(str(i))

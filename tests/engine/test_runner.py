@@ -1,98 +1,40 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from service.engine.runner import Runner, check_supported
+from service.engine.runner import Runner
+from service.engine.scheduler import Work
+from service.engine.sequence import Sequence
 from service.errors import UnsupportedModel
 from tests.engine.support import greedy, make_model, make_prompt, running, solo
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 64,
-}
-
-
-def llama_with(rope_type: str) -> PreTrainedModel:
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
-    return LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope))
-
-
-def llama_with_chunked_layers() -> PreTrainedModel:
-    model = LlamaForCausalLM(LlamaConfig(**SMALL))
-    model.config.layer_types = ["chunked_attention"]
-    return model
-
-
-UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "encoder": (lambda: BertLMHeadModel(BertConfig(**SMALL)), r"'bert'.*attends in both directions"),
-    "own-attention": (
-        lambda: GPTJForCausalLM(GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8, vocab_size=64)),
-        r"'gptj'.*no exchangeable attention function",
-    ),
-    "state": (
-        lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64)),
-        r"'mamba' cannot be served",
-    ),
-    "encoder-decoder": (
-        lambda: T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2, d_ff=32, vocab_size=64)),
-        r"'t5' cannot be served",
-    ),
-    "dynamic-rope": (lambda: llama_with("dynamic"), r"'llama'.*rotary embedding \(dynamic\) depends on the longest"),
-    "chunked-layers": (llama_with_chunked_layers, r"'llama'.*layers of type chunked_attention"),
-    "no-transformers-model": (lambda: nn.Linear(2, 2), r"'Linear'.*no exchangeable attention function"),
-}
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_a_model_that_would_be_computed_wrongly_is_refused(name: str) -> None:
-    make, message = UNSUPPORTED[name]
-    with pytest.raises(UnsupportedModel, match=message):
-        check_supported(make())
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral", "gemma2", "gpt-oss"])
-def test_a_decoder_is_accepted(family: str) -> None:
-    check_supported(make_model(family))
-
-
-def test_a_rope_type_that_ignores_the_batch_is_accepted() -> None:
-    check_supported(llama_with("linear"))
 
 
 def test_a_layer_that_attends_twice_is_refused() -> None:
     model = make_model("llama")
     model.model.layers = nn.ModuleList([model.model.layers[0]] * 2)
     model.config.num_hidden_layers = 2
+    sequence = Sequence(
+        request_id="a",
+        token_ids=[1, 2],
+        num_prompt_tokens=2,
+        params=greedy(1),
+        submitted_at=0.0,
+        block_table=[0],
+    )
     with pytest.raises(UnsupportedModel, match="layer 0 attends twice in one forward"):
-        Runner(model, 1 << 20)
+        Runner(model).forward([Work(sequence, 0, 2)])
 
 
 class AllRowsLlama(LlamaForCausalLM):  # type: ignore[no-untyped-call]
     """Returns the logits of every token, as models do that do not know `logits_to_keep`."""
 
-    def forward(self, input_ids: torch.Tensor, *, logits_to_keep: object, **kwargs: object) -> CausalLMOutputWithPast:
+    def forward(
+        self, input_ids: torch.Tensor, *, logits_to_keep: object = 0, **kwargs: object
+    ) -> CausalLMOutputWithPast:
         assert logits_to_keep is not None
         output: CausalLMOutputWithPast = super().forward(input_ids, **kwargs)
         return output

@@ -17,12 +17,15 @@ STOP_TOKEN = 9
 ERROR = Failure(FinishReason.ERROR, "ValueError: no")
 
 
-def make_scheduler(num_blocks: int = 16, *, max_num_seqs: int = 4, max_num_batched_tokens: int = 8) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 16, *, max_num_seqs: int = 4, max_num_batched_tokens: int = 8, chunked: bool = True
+) -> Scheduler:
     return Scheduler(
         BlockAllocator(num_blocks),
         block_size=BLOCK_SIZE,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        chunked=chunked,
     )
 
 
@@ -81,6 +84,14 @@ def test_a_step_has_a_token_for_each_running_sequence() -> None:
     for _ in range(6):
         step(scheduler)
         assert scheduler.num_running <= 2
+
+
+def test_a_whole_prompt_is_computed_in_one_step_however_long_it_is() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=4, chunked=False)
+    for name, num_prompt_tokens in (("a", 3), ("b", 9), ("c", 2)):
+        scheduler.add(make_sequence(name, num_prompt_tokens, 5))
+    assert step(scheduler) == [("a", 0, 3), ("b", 0, 9)]
+    assert step(scheduler) == [("a", 3, 1), ("b", 9, 1), ("c", 0, 2)]
 
 
 @pytest.mark.parametrize(

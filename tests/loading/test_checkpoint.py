@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from service.errors import CheckpointError, ModelNotFound
-from service.loading.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from service.loading.checkpoint import Checkpoint
+from service.loading.shards import INDEX_NAME, SINGLE_NAME
 
 TENSORS = {
     "b.weight": torch.arange(24, dtype=torch.float32).reshape(4, 6),
@@ -193,10 +194,4 @@ def test_an_index_cannot_name_files_outside_of_its_folder(folder: Path) -> None:
 
 def test_a_folder_without_weights_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=f"neither {SINGLE_NAME} nor {INDEX_NAME}"):
-        Checkpoint(tmp_path, ignore_bytes)
-
-
-def test_bin_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"only \.bin weights.*convert"):
         Checkpoint(tmp_path, ignore_bytes)

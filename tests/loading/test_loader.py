@@ -11,39 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from service.errors import CheckpointError, ModelError, ModelNotFound, RecipeError, UnsupportedModel
 from service.layers.embedding import QuantizedEmbedding, TiedHead
 from service.layers.linear import PackedLinear, W8A16Linear
-from service.loading.checkpoint import SINGLE_NAME
-from service.loading.loader import LoadedModel, LoadOptions, load_model
+from service.loading.loader import LoadOptions, load_model
 from service.loading.progress import LoadProgress, Phase
-from service.numerics.encode import decode, encode
+from service.loading.shards import SINGLE_NAME
+from service.numerics.encode import encode
 from service.numerics.recipe import parse_recipe
 from service.numerics.schemes import parse_scheme
+from tests.loading.support import load, logits, round_weights, stock
 from tests.models import write_checkpoint
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "gpt2"]
 TIED = {"llama_tied", "gpt2"}
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
-
-
-def load(folder: Path, recipe: str = "none", dtype: str = "float32") -> LoadedModel:
-    options = LoadOptions(model=str(folder), recipe=parse_recipe(recipe), device="cpu", dtype=dtype)
-    return load_model(options, LoadProgress())
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        result: torch.Tensor = model(IDS, use_cache=False).logits
-    return result
-
-
-def stock(folder: Path) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
 
 
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -64,17 +47,7 @@ def test_a_quantized_load_equals_the_stock_model_with_decoded_weights(family: st
     folder = write_checkpoint(family, tmp_path / "m")
     loaded = load(folder, recipe)
     reference = stock(folder)
-    parameters = dict(reference.named_parameters())
-    with torch.no_grad():
-        for row in loaded.report.layers:
-            if row.scheme == "none" or "shares" in row.reason:
-                continue
-            weight = parameters[f"{row.name}.weight"]
-            is_transposed = type(reference.get_submodule(row.name)) is Conv1D
-            scheme = parse_scheme(row.scheme)
-            encoded = encode(weight.t() if is_transposed else weight, scheme)
-            decoded = decode(*encoded[:3], scheme=scheme, in_features=row.shape[1])
-            weight.copy_(decoded.t() if is_transposed else decoded)
+    round_weights(reference, loaded)
     expected, found = logits(reference), logits(loaded.model)
     # Same values, other order of float32 sums and roundings: 4 layers of at most 128 terms, each within 2^-23.
     assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
@@ -215,6 +188,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
             load(folder, recipe)
 
 
+EXPERT = "model.layers.1.mlp.experts.5.gate_proj.weight"
+EXPERT_DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], type[ModelError], str]] = {
+    "one missing": (lambda t: t.pop(EXPERT), CheckpointError, "gate_up_proj: the checkpoint lacks weights of some exp"),
+    "other shape": (lambda t: t.update({EXPERT: t[EXPERT][:-1]}), CheckpointError, "gate_up_proj: .*differ in shape"),
+    "all of a layer missing": (
+        lambda t: [t.pop(name) for name in list(t) if ".1.mlp.experts" in name and "down" in name],
+        CheckpointError,
+        r"the checkpoint lacks model\.layers\.1\.mlp\.experts\.down_proj;",
+    ),
+    "the last one missing": (
+        lambda t: [t.pop(name) for name in list(t) if ".1.mlp.experts.7." in name],
+        CheckpointError,
+        r"experts\.\w+ has shape \[7, .* the config asks for \[8, ",
+    ),
+    "NaN": (nan_in(EXPERT), ModelError, "gate_up_proj"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), EXPERT_DAMAGE.values(), ids=EXPERT_DAMAGE.keys())
+def test_experts_that_do_not_fit_are_refused_by_name(
+    change: Callable[[dict[str, torch.Tensor]], None], error: type[ModelError], message: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint("qwen3_moe", tmp_path / "m")
+    rewrite(folder, change)
+    for recipe in ("none", "w8a16"):
+        with pytest.raises(error, match=message):
+            load(folder, recipe)
+
+
 def test_an_already_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m")
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
@@ -252,16 +254,17 @@ def test_a_config_that_does_not_parse_is_named(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_stacked_experts_are_refused_rather_than_silently_left_unquantized(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=8,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match=r"only .* of the weights that the recipe quantizes .*experts"):
-        load(tmp_path, "w8a16")
-    assert load(tmp_path, "none").report.saving_ratio == 0
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, 256), ({"max_position_embeddings": None, "n_positions": 77}, 77), ({"max_position_embeddings": None}, 2048)],
+    ids=["stated", "stated under another name", "not stated"],
+)
+def test_the_context_is_the_config_s_where_it_states_one(
+    changes: dict[str, object], expected: int, tmp_path: Path
+) -> None:
+    folder = write_checkpoint("bloom", tmp_path / "m")
+    edit_config(folder, **{"max_position_embeddings": 256, **changes})
+    assert load(folder).context_length == expected
 
 
 def test_progress_ends_with_all_bytes_of_the_checkpoint_read(tmp_path: Path) -> None:

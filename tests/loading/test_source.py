@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from service.errors import ModelNotFound, PennyweightError, SettingError
 from service.loading.progress import LoadProgress, Phase
 from service.loading.source import ModelSource, resolve_source
-from tests.hub import COMMIT, Hub, serve_hub
+from tests.hub import COMMIT, serve_hub, use
 
 WEIGHT = torch.zeros(1000, dtype=torch.float32)
 
@@ -31,13 +31,6 @@ def repository(tmp_path: Path) -> Path:
     weight_map = {"w1": "model-1.safetensors", "w2": "model-2.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
-
-
-def use(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point huggingface_hub, which reads its endpoint once at import, to a hub."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def resolve(model: str, cache: Path, revision: str | None = None, progress: LoadProgress | None = None) -> ModelSource:
@@ -63,7 +56,36 @@ def test_only_what_serving_needs_is_downloaded_and_counted(
     assert (source.name, source.revision) == ("org/name", COMMIT)
     assert (source.folder / "model-2.safetensors").read_bytes() == (repository / "model-2.safetensors").read_bytes()
     fetched_bytes = sum((repository / name).stat().st_size for name in hub.fetched)
-    assert progress.snapshot()[:2] == (Phase.DOWNLOAD, fetched_bytes)
+    assert progress.snapshot()[:3] == (Phase.DOWNLOAD, fetched_bytes, fetched_bytes)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["single", "sharded"])
+def test_bin_files_are_downloaded_where_there_are_no_safetensors(
+    is_sharded: bool, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in repository.glob("*.safetensors*"):
+        path.unlink()
+    expected = {"config.json", "pytorch_model.bin"}
+    if is_sharded:
+        (repository / "pytorch_model-1.bin").write_bytes(b"a shard")
+        (repository / "pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "pytorch_model-1.bin"}}')
+        expected = {"config.json", "pytorch_model-1.bin", "pytorch_model.bin.index.json"}
+    with serve_hub("org/name", repository) as hub:
+        use(hub, monkeypatch)
+        resolve("org/name", tmp_path / "cache")
+        assert set(hub.fetched) == expected
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_code_is_downloaded_only_if_asked_for(
+    with_code: bool, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "modeling_own.py").write_text("raise AssertionError")
+    with serve_hub("org/name", repository) as hub:
+        use(hub, monkeypatch)
+        progress = LoadProgress()
+        resolve_source("org/name", revision=None, cache_dir=tmp_path / "cache", progress=progress, with_code=with_code)
+        assert ("modeling_own.py" in hub.fetched) == with_code
 
 
 def test_offline_takes_the_cached_copy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

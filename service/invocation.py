@@ -1,0 +1,212 @@
+"""From a command line, the environment and a TOML file to checked settings; each goes before the next."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
+
+from service import __version__
+from service.errors import RecipeError, SettingError
+from service.numerics.recipe import parse_recipe
+from service.settings import LATER_SETTINGS, Settings
+
+ENVIRONMENT_PREFIX = "PENNYWEIGHT_"
+COMMANDS = {
+    "serve": "Load a model, quantize it while it loads, and serve it over HTTP.",
+    "doctor": "Tell what this machine offers, which settings are in force, and what is in the way of a service.",
+}
+"""Every command and what it does."""
+
+_CONFIG = "config"
+_NOT_SET = "\0"  # no argument can hold it, so no argument is taken for None
+_KUBERNETES_LINK = re.compile(r"PENNYWEIGHT_(SERVICE_.*|PORT_\d+_(TCP|UDP|SCTP).*)|PENNYWEIGHT_PORT=\w+://.*")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
+_MAX_SHOWN = 100
+_SUBJECT = re.compile(r"^(Input|String|Value) should")
+
+
+class _Sources(BaseSettings, Settings):
+    """`Settings` as pydantic-settings reads them; values are checked when all sources are put together."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_parse_none_str=_NOT_SET,
+        enable_decoding=False,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invocation:
+    """What a command line asks for.
+
+    Attributes:
+        as_json: `--json` was given.
+        ignored_variables: PENNYWEIGHT_ variables that are Kubernetes' and no settings.
+    """
+
+    settings: Settings
+    print_config: bool
+    as_json: bool
+    ignored_variables: tuple[str, ...]
+
+
+def read_invocation(arguments: Sequence[str], environment: Mapping[str, str], command: str = "serve") -> Invocation:
+    """Put together flags, environment and file.
+
+    `arguments` are what follows `pennyweight COMMAND`.
+
+    Raises:
+        SettingError: a name or a value is wrong, with name, value and rule.
+        SystemExit: `--help` was asked for and printed.
+    """
+    words, flags = _read_flags(arguments, command)
+    variables, ignored = _read_environment(environment)
+    path, origin = words[_CONFIG], flag_of(_CONFIG)
+    if path is None:
+        path, origin = environment.get(variable_of(_CONFIG)), variable_of(_CONFIG)
+    entries = {} if path is None else _read_file(Path(path), origin)
+    origins = (
+        {name: f"{path}: {name}" for name in entries}
+        | {name: variable_of(name) for name in variables}
+        | {name: flag_of(name) for name in flags}
+    )
+    try:
+        settings = Settings.model_validate(entries | variables | flags)
+        parse_recipe(settings.quantize)
+    except ValidationError as error:
+        raise SettingError(_describe(error, origins)) from error
+    except RecipeError as error:
+        raise RecipeError(f"{origins['quantize']}: {error}") from error
+    return Invocation(
+        settings=settings,
+        print_config=words.get("print_config", False),
+        as_json=words["json"],
+        ignored_variables=ignored,
+    )
+
+
+def flag_of(name: str) -> str:
+    """Flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """Environment variable of a setting."""
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        message = message.removeprefix("argument ")
+        raise SettingError(f"{message}; `{self.prog} --help` lists the options of version {__version__}")
+
+
+def _read_flags(arguments: Sequence[str], command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All words of a command line by name, and the settings among them."""
+    parser = _Parser(prog=f"pennyweight {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser.add_argument("MODEL", nargs="?", help="the same as --model")
+    parser.add_argument(flag_of(_CONFIG), metavar="FILE", help="TOML file with these settings")
+    if command == "serve":
+        parser.add_argument("--print-config", action="store_true", help="print the settings in force and exit")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+    source: CliSettingsSource[Any] = CliSettingsSource(_Sources, root_parser=parser, add_argument_method=_add_argument)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise _unknown_word(unknown[0])
+    words = vars(parsed)
+    flags = source(parsed_args=words)()
+    model = words["MODEL"]
+    if model is not None:
+        if "model" in flags:
+            raise SettingError(f"{model} and --model {flags['model']}: two models; give one")
+        flags["model"] = model
+    return words, flags
+
+
+def _add_argument(parser: argparse.ArgumentParser, *names: str, **options: Any) -> argparse.Action:
+    """Add a flag without a default in its help where that is no value."""
+    options["help"] = options["help"].replace(f" (default: {_NOT_SET})", "")
+    return parser.add_argument(*names, **options)
+
+
+def _unknown_word(word: str) -> SettingError:
+    if not word.startswith("-"):
+        return SettingError(f"{_shown(word)}: one word too many; give one MODEL, and values behind their flags")
+    flag = word.partition("=")[0]
+    return _unknown(flag, flag.lstrip("-").replace("-", "_"), flag_of)
+
+
+def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Settings of the PENNYWEIGHT_ variables, and names of those that Kubernetes makes for a service."""
+    known = {variable_of(name): name for name in Settings.model_fields}
+    variables: dict[str, str | None] = {}
+    ignored: list[str] = []
+    for variable, value in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == variable_of(_CONFIG):
+            continue
+        if _KUBERNETES_LINK.fullmatch(variable) or _KUBERNETES_LINK.fullmatch(f"{variable}={value}"):
+            ignored.append(variable)
+        elif variable in known:
+            variables[variable.lower()] = value
+        else:
+            shown = "..." if _SECRET.search(variable) else _shown(value)
+            raise _unknown(f"{variable}={shown}", variable.removeprefix(ENVIRONMENT_PREFIX).lower(), variable_of)
+    source = EnvSettingsSource(_Sources)
+    source.env_vars = variables
+    return source(), tuple(ignored)
+
+
+def _read_file(path: Path, origin: str) -> dict[str, Any]:
+    """Entries of a TOML file, which may be a pipe; pydantic-settings would pass over one that is missing."""
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError(f"{origin} {path}: cannot be read ({error.strerror}); give a TOML file") from error
+    except ValueError as error:
+        raise SettingError(f"{origin} {path}: not valid TOML ({error}); correct it") from error
+    for name, value in entries.items():
+        if name not in Settings.model_fields:
+            raise _unknown(f"{path}: {name}", name, str)
+        if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+            raise SettingError(f"{path}: {name}: must be a number or a string; correct it")  # not the number 0 or 1
+    return entries
+
+
+def _unknown(written: str, name: str, spelling: Callable[[str], str]) -> SettingError:
+    """The error for what is no setting: `written` by its user, `name` as a field would be called."""
+    if name in LATER_SETTINGS:
+        return SettingError(f"{written}: not part of version {__version__}; remove it")
+    near = difflib.get_close_matches(name, [*Settings.model_fields, _CONFIG], n=1, cutoff=0.7)
+    remedy = f"did you mean {spelling(near[0])}?" if near else "`pennyweight serve --help` lists them"
+    return SettingError(f"{written}: no setting of version {__version__}; {remedy}")
+
+
+def _describe(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """Name, value and rule of each wrong value."""
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        name = str(detail["loc"][0])
+        origin = f"{origins[name]} {_shown(detail['input'])}"
+        rule = _SUBJECT.sub("must", detail["msg"])
+        lines[origin] = f"{lines[origin]}, or {rule}" if origin in lines else f"{origin}: {rule}"
+    return "; ".join(lines.values())
+
+
+def _shown(value: object) -> str:
+    """A value in one short line that no control character can leave."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

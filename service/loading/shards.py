@@ -1,0 +1,60 @@
+"""Which files of a model folder hold its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from service.errors import CheckpointError, ModelNotFound
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_SINGLE_NAME = "pytorch_model.bin"
+PICKLE_SUFFIX = ".bin"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The weight files of a model folder: safetensors where there are any, else the pickles of torch.
+
+    Raises:
+        ModelNotFound: the folder holds no model.
+        CheckpointError: a shard that the index names is missing, or the index is damaged.
+    """
+    for index_name, single_name in ((INDEX_NAME, SINGLE_NAME), (PICKLE_INDEX_NAME, PICKLE_SINGLE_NAME)):
+        if (folder / index_name).is_file():
+            return _named_shards(folder, index_name)
+        if (folder / single_name).is_file():
+            return [folder / single_name]
+    raise ModelNotFound(
+        f"{folder.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, nor {PICKLE_SINGLE_NAME}; "
+        "give the directory of a Hugging Face model"
+    )
+
+
+def _named_shards(folder: Path, index_name: str) -> list[Path]:
+    names = index_shards(folder / index_name)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(names)} shards that {index_name} names are missing, first {missing[0]}; "
+            "download the model again"
+        )
+    return [folder / name for name in names]
+
+
+def index_shards(index: Path) -> list[str]:
+    """The file names that a shard index names, sorted.
+
+    Raises:
+        CheckpointError: the index is damaged, or names something outside of its folder.
+    """
+    try:
+        names = sorted(
+            {str(Path(name)) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index.name} is damaged ({error}); download the file again") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index.name} names a shard outside of its folder; use a trusted checkpoint")
+    return names

@@ -1,0 +1,1 @@
+"""Floor 6: what is told to the people in front of a terminal."""

@@ -1,0 +1,215 @@
+"""What `pennyweight doctor` tells: the machine, the settings in force, and what is in the way of a service."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+from huggingface_hub import constants
+from rich.console import Console
+from rich.table import Table
+
+from service import __version__
+from service.api.listener import open_port
+from service.errors import PennyweightError, SettingError
+from service.kernels.dispatch import KERNEL
+from service.loading import memory
+from service.loading.control_group import ControlGroups
+from service.reports.machine import ThreadLimits, thread_limits
+
+_LIBRARIES = ("transformers", "tokenizers", "huggingface_hub", "safetensors", "fastapi", "uvicorn", "pydantic")
+_COMPILERS = ("c++", "g++", "clang++")
+_DEMO_BYTES = 512 * 2**20
+"""A service of the demo model holds up to 430 MB while it starts, most of it libraries, and then keys and values."""
+_WHY = {"torch": "this version has no kernels of its own; products run on torch's operations"}
+
+
+class Problem(NamedTuple):
+    """Something to know; an `error` keeps a service from starting."""
+
+    severity: Literal["error", "warning", "note"]
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """What was found; bytes and counts are of this moment.
+
+    Attributes:
+        libraries: versions of the packages that matter most.
+        hub: where models of the hub are kept, and where its token comes from.
+        settings: those in force; empty if they are wrong.
+    """
+
+    version: str
+    python: str
+    torch: str
+    libraries: dict[str, str]
+    cpu: dict[str, Any]
+    kernels: dict[str, Any]
+    threads: dict[str, Any]
+    devices: list[dict[str, Any]]
+    memory: dict[str, int | None]
+    hub: dict[str, Any]
+    settings: dict[str, Any]
+    problems: list[Problem]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a service cannot start."""
+        return int(any(problem.severity == "error" for problem in self.problems))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it."""
+        return asdict(self) | {"problems": [problem._asdict() for problem in self.problems]}
+
+
+def examine(settings: Mapping[str, Any], setting_errors: Sequence[str] = ()) -> Diagnosis:
+    """Look at the machine and at the settings in force, which are empty if they are wrong."""
+    limits = thread_limits()
+    hub = _hub(settings)
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    devices = _devices()
+    problems = [
+        Problem("error", message, "correct it; `pennyweight serve --help` lists all settings")
+        for message in setting_errors
+    ]
+    if settings:
+        problems += _setting_problems(settings, limits, devices, hub)
+    if compiler is None:
+        problems.append(Problem("note", "there is no C++ compiler", "none is needed by this version"))
+    return Diagnosis(
+        version=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        libraries={name: version(name) for name in _LIBRARIES},
+        cpu={
+            "name": _cpu_name(),
+            "architecture": platform.machine(),
+            "physical_cores": limits.physical_cores,
+            "logical_cpus": psutil.cpu_count(),
+            "features": sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True),
+        },
+        kernels={"in_use": KERNEL, "why": _WHY[KERNEL], "compiler": compiler},
+        threads=_threads(limits, settings.get("threads", "auto")),
+        devices=devices,
+        memory=_memory(),
+        hub=hub,
+        settings=dict(settings),
+        problems=problems,
+    )
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
+    """A table for people, the problems below it."""
+    console = console or Console()
+    table = Table.grid(padding=(0, 2))
+    for title, value in diagnosis.as_dict().items():
+        if title != "problems":
+            for index, (name, text) in enumerate(_rows(value)):
+                table.add_row(title if index == 0 else "", name, text)
+    console.print(table, markup=False, highlight=False)
+    for severity, message, remedy in diagnosis.problems:
+        console.print(f"{severity}: {message}; {remedy}", markup=False, highlight=False, soft_wrap=True)
+    if not diagnosis.problems:
+        console.print("no problems found", highlight=False)
+
+
+def _rows(value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            text = " ".join(map(str, part)) if isinstance(part, list) else "-" if part is None else str(part)
+            is_size = name.endswith("bytes") and isinstance(part, int) and part >= 2**20
+            yield name, f"{text} ({part / 2**30:.2f} GiB)" if is_size else text
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from ((f"{number} {name}", text) for name, text in _rows(part))
+    else:
+        yield "", str(value)
+
+
+def _threads(limits: ThreadLimits, chosen: int | str) -> dict[str, Any]:
+    in_use = limits.num_threads if chosen == "auto" else chosen
+    limited_by = limits.limited_by if chosen == "auto" else "--threads"
+    return {"in_use": in_use, "limited_by": limited_by} | limits._asdict()
+
+
+def _devices() -> list[dict[str, Any]]:
+    """CUDA devices."""
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        found = {"device": f"cuda:{index}", "name": name, "compute_capability": f"{major}.{minor}"}
+        devices.append(found | {"total_bytes": total_bytes, "free_bytes": free_bytes})
+    return devices
+
+
+def _memory() -> dict[str, int | None]:
+    group = ControlGroups().memory()
+    return {
+        "total_bytes": psutil.virtual_memory().total,
+        "available_bytes": memory.available_bytes(),
+        "control_group_limit_bytes": None if group is None else group.limit_bytes,
+        "control_group_used_bytes": None if group is None else group.used_bytes,
+    }
+
+
+def _hub(settings: Mapping[str, Any]) -> dict[str, Any]:
+    cache_dir = Path(settings.get("cache_dir") or constants.HF_HUB_CACHE).expanduser()
+    nearest = next(path for path in (cache_dir, *cache_dir.absolute().parents) if os.path.exists(path))
+    blobs = cache_dir.glob("models--*/blobs/*")
+    token = "--hf-token-file" if settings.get("hf_token_file") else "HF_TOKEN" if os.environ.get("HF_TOKEN") else None
+    return {
+        "cache_dir": str(cache_dir),
+        "is_writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        "cache_bytes": sum(blob.stat().st_size for blob in blobs),
+        "token": token,
+        "is_offline": constants.HF_HUB_OFFLINE,
+    }
+
+
+def _setting_problems(
+    settings: Mapping[str, Any], limits: ThreadLimits, devices: list[dict[str, Any]], hub: Mapping[str, Any]
+) -> Iterator[Problem]:
+    model, threads = settings["model"], settings["threads"]
+    if settings["device"] == "cuda" and not devices:
+        yield Problem("error", "--device cuda: torch finds no CUDA device here", "use --device cpu or auto")
+    if model is None and (available := memory.available_bytes()) < _DEMO_BYTES:
+        text = f"{available} bytes of memory are available, and the demo model takes up to {_DEMO_BYTES}"
+        yield Problem("error", text, "end other programs, or raise the limit of the control group")
+    if not hub["is_writable"]:
+        is_needed = model is not None and not Path(model).expanduser().is_dir()
+        text = f"{hub['cache_dir']}: the cache directory cannot be written"
+        yield Problem("error" if is_needed else "warning", text, "give a writable --cache-dir")
+    if threads != "auto" and threads > limits.num_threads:
+        text = f"--threads {threads}: {limits.limited_by} allows {limits.num_threads}; more are slower"
+        yield Problem("warning", text, "use --threads auto")
+    try:
+        open_port(settings["host"], settings["port"]).close()
+    except SettingError as error:
+        yield Problem("error", *_message_and_remedy(error))
+    except PennyweightError as error:
+        yield Problem("warning", *_message_and_remedy(error))  # a service that runs already may be the one
+
+
+def _message_and_remedy(error: PennyweightError) -> tuple[str, str]:
+    message, _, remedy = str(error).rpartition("; ")
+    return message, remedy
+
+
+def _cpu_name() -> str:
+    """What Linux calls the processor; "" where it has no name for it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,132 @@
+"""What a doctor finds: facts against psutil and torch, and each problem with its remedy."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from service import __version__
+from service.reports.doctor import Diagnosis, Problem, examine, print_diagnosis
+from service.settings import Settings
+
+
+def _examine(**changes: Any) -> Diagnosis:
+    return examine(Settings.model_validate({"port": 0} | changes).model_dump(mode="json"))
+
+
+def _problem(diagnosis: Diagnosis, words: str) -> Problem:
+    (problem,) = [problem for problem in diagnosis.problems if words in problem.message]
+    assert problem.remedy
+    return problem
+
+
+def test_facts_are_those_of_this_machine() -> None:
+    found = json.loads(json.dumps(_examine().as_dict()))
+    fields = {"version", "python", "torch", "cpu", "kernels", "threads", "devices", "memory", "settings", "problems"}
+    assert fields <= found.keys()
+    assert (found["version"], found["torch"]) == (__version__, torch.__version__)
+    assert found["memory"]["total_bytes"] == psutil.virtual_memory().total
+    assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
+    assert found["cpu"]["logical_cpus"] == os.cpu_count()
+    assert ("avx2" in found["cpu"]["features"]) == torch.cpu._is_avx2_supported()
+    assert found["kernels"]["in_use"] == "torch"
+    assert len(found["devices"]) == torch.cuda.device_count()
+    assert found["threads"]["in_use"] <= len(os.sched_getaffinity(0))
+
+
+def test_a_good_machine_has_no_error() -> None:
+    assert _examine().exit_code == 0
+
+
+def test_the_number_of_threads_that_was_chosen_is_told() -> None:
+    assert _examine(threads=1).threads["in_use"] == 1
+    assert _examine(threads=1).threads["limited_by"] == "--threads"
+    found = _examine(threads=1024)
+    assert _problem(found, "--threads 1024: ").severity == "warning"
+    assert found.exit_code == 0
+
+
+def test_the_cache_is_measured(tmp_path: Path) -> None:
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "a").write_bytes(bytes(1000))
+    (blobs / "b").write_bytes(bytes(24))
+    hub = _examine(cache_dir=str(tmp_path)).hub
+    assert (hub["cache_dir"], hub["cache_bytes"], hub["is_writable"]) == (str(tmp_path), 1024, True)
+
+
+def test_a_cache_that_is_yet_to_be_made_is_writable_where_its_parent_is(tmp_path: Path) -> None:
+    assert _examine(cache_dir=str(tmp_path / "a" / "b"), model="org/name").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "severity"), [("org/name", "error"), (None, "warning"), ("/", "warning")], ids=["hub", "demo", "local"]
+)
+def test_a_cache_that_cannot_be_written_is_an_error_where_it_is_needed(
+    tmp_path: Path, model: str | None, severity: str
+) -> None:
+    (tmp_path / "file").touch()
+    found = _examine(cache_dir=str(tmp_path / "file" / "cache"), model=model)
+    assert _problem(found, "cannot be written").severity == severity
+    assert found.exit_code == (severity == "error")
+
+
+def test_a_port_in_use_is_a_warning_and_a_wrong_host_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = _examine(port=port)
+    assert _problem(found, f"--port {port}: it is in use").severity == "warning"
+    assert found.exit_code == 0
+    found = _examine(host="192.0.2.1")
+    assert _problem(found, "--host 192.0.2.1").severity == "error"
+    assert found.exit_code == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a CUDA device")
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    assert _problem(_examine(device="cuda"), "--device cuda").severity == "error"
+
+
+def test_a_missing_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    found = _examine()
+    assert found.kernels["compiler"] is None
+    assert _problem(found, "compiler").severity == "note"
+    assert found.exit_code == 0
+
+
+def test_a_token_is_told_by_its_source_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert _examine().hub["token"] is None
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    found = _examine()
+    assert found.hub["token"] == "HF_TOKEN"
+    assert "hf_secret" not in json.dumps(found.as_dict())
+
+
+def test_without_settings_their_errors_are_told() -> None:
+    found = examine({}, ["PENNYWEIGHT_PROT=5: no setting"])
+    assert found.settings == {}
+    assert found.problems[0].message == "PENNYWEIGHT_PROT=5: no setting"
+    assert found.exit_code == 1
+
+
+def test_people_see_every_fact_and_every_problem() -> None:
+    found = _examine(threads=1024, model="[bold]org/name")
+    screen = io.StringIO()
+    print_diagnosis(found, Console(file=screen, width=200))
+    text = screen.getvalue()
+    for name in found.settings:
+        assert re.search(rf"^(settings)? +{name} ", text, re.MULTILINE), name
+    assert "[bold]org/name" in text
+    assert "warning: --threads 1024: " in text
