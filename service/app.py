@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_HEADER_BYTES = 16384
-_RESPONSE_GRACE_S = 5
-"""What a response may still take when its last token is there."""
+_RESPONSE_GRACE_S = 5  # what a response may still take when its last token is there
 
 
 def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
@@ -259,8 +258,7 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
     tokenizer, eos_token_ids = _load_tokenizer(loaded, trust_remote_code=settings.trust_remote_code)
     engine = _make_engine(settings, state, loaded, max_model_len=max_model_len, num_threads=num_threads)
     engine.start()
-    blocks = engine.state()
-    max_model_len = min(max_model_len, blocks.num_kv_blocks * blocks.block_size)
+    max_model_len = _within_kv_memory(settings, engine, max_model_len)
     device = next(loaded.model.parameters()).device
     report = replace(loaded.report, peak_bytes=peak_bytes(device))
     codec = TextCodec(tokenizer, context_length=max_model_len)
@@ -304,8 +302,9 @@ def _make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=max_model_len,
-        kv_memory_bytes=settings.kv_memory
-        or kv_memory_bytes(loaded.model, max_num_seqs=max_num_seqs, max_model_len=max_model_len),
+        kv_memory_bytes=kv_memory_bytes(
+            loaded.model, requested=settings.kv_memory, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+        ),
         max_queue=settings.max_queue,
         vocab_size=loaded.vocab_size,
         num_threads=num_threads,
@@ -328,12 +327,24 @@ def _load_tokenizer(loaded: LoadedModel, *, trust_remote_code: bool) -> tuple[Pr
     return tokenizer, loaded.eos_token_ids | own_eos
 
 
-def _max_model_len(settings: Settings, loaded: LoadedModel) -> int:
-    if settings.max_model_len is None:
-        return loaded.context_length
-    if settings.max_model_len > loaded.context_length:
+def _within_kv_memory(settings: Settings, engine: Engine, max_model_len: int) -> int:
+    """The context, or as much of it as one sequence finds memory for."""
+    state = engine.state()
+    num_tokens = state.num_kv_blocks * state.block_size
+    if num_tokens >= max_model_len:
+        return max_model_len
+    if settings.max_model_len is not None:
         raise SettingError(
-            f"--max-model-len {settings.max_model_len}: {loaded.name} was made for {loaded.context_length} tokens; "
-            "use at most that"
+            f"--max-model-len {max_model_len}: the KV memory holds {num_tokens} tokens; lower it, or raise --kv-memory"
         )
-    return settings.max_model_len
+    logger.warning("the KV memory holds %d tokens, so does the context now; raise --kv-memory", num_tokens)
+    return num_tokens
+
+
+def _max_model_len(settings: Settings, loaded: LoadedModel) -> int:
+    length = settings.max_model_len or loaded.context_length
+    if length > loaded.context_length:
+        raise SettingError(
+            f"--max-model-len {length}: {loaded.name} was made for {loaded.context_length} tokens; use at most that"
+        )
+    return length

@@ -143,7 +143,7 @@ class Generation:
             try:
                 for event in await self._inbox.take():
                     if (delta := self._read(event)) is not None:
-                        deltas.append(delta)
+                        deltas.append(delta)  # noqa: PERF401 - it stays when the next event raises
             except (RequestError, ClientDisconnected):
                 if deltas:  # what came before the failure is not lost
                     yield deltas

@@ -7,20 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from service.errors import SettingError
 from service.loading import memory
 
 _MEMORY_SHARE = 0.1
 _TOKENS_PER_SEQUENCE = 2048
 
 
-def kv_memory_bytes(model: nn.Module, *, max_num_seqs: int, max_model_len: int) -> int:
-    """Memory for keys and values: a tenth of what is free, at most 2048 tokens for each sequence.
+def kv_memory_bytes(model: nn.Module, *, requested: int | None, max_num_seqs: int, max_model_len: int) -> int:
+    """Memory for keys and values: as requested, else a tenth of what is free, at most 2048 tokens a sequence.
 
     A model without attention heads gets the whole tenth: it bounds states, and takes nothing in advance.
+
+    Raises:
+        SettingError: more is requested than is free.
     """
     weight = next(model.parameters())
     is_cuda = weight.device.type == "cuda"
     available: int = torch.cuda.mem_get_info(weight.device)[0] if is_cuda else memory.available_bytes()
+    if requested is not None:
+        if requested > available:
+            raise SettingError(f"--kv-memory {requested}: only {available} bytes are free; lower it")
+        return requested
     share = int(_MEMORY_SHARE * available)
     config: Any = model.config
     config = config.get_text_config()

@@ -42,6 +42,21 @@ def test_a_wrong_setting_is_2_with_one_line_and_no_traceback(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-memory", "900TiB"], "--kv-memory 989560464998400: only"),
+        (["--max-model-len", "1024", "--kv-memory", "1MiB"], "--max-model-len 1024: the KV memory holds"),
+        (["--max-model-len", "2048"], "--max-model-len 2048: model was made for 1024 tokens"),
+    ],
+    ids=["more than is free", "too little for the context", "more than the context"],
+)
+def test_limits_that_do_not_fit_end_the_start_with_2(arguments: list[str], message: str) -> None:
+    with started(*arguments) as server:
+        assert server.exit_code() == 2
+    assert any(message in line for line in server.log), server.log
+
+
 @pytest.fixture
 def gated_hub(checkpoint: Callable[[str], Path]) -> Iterator[Hub]:
     """A hub with a tiny Llama for those who have the token."""

@@ -99,7 +99,10 @@ def test_states_that_do_not_grow_bound_the_number_of_sequences() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gets_kv_memory_without_being_asked(family: str) -> None:
     model = make_unpackable(family)
-    with running(model, kv_memory_bytes=kv_memory_bytes(model, max_num_seqs=4, max_model_len=64)) as (engine, recorder):
+    with running(model, kv_memory_bytes=kv_memory_bytes(model, requested=None, max_num_seqs=4, max_model_len=64)) as (
+        engine,
+        recorder,
+    ):
         engine.submit("a", PROMPTS[1], greedy(3))
         assert recorder.reason("a") is FinishReason.LENGTH
 
