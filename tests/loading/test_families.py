@@ -40,8 +40,13 @@ def is_head(name: str, loaded: LoadedModel) -> bool:
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_an_unquantized_load_equals_the_stock_load_bit_for_bit(family: str, checkpoint: Written) -> None:
-    loaded = load(checkpoint(family))
-    assert torch.equal(logits(loaded.model), logits(stock(checkpoint(family))))
+    loaded, reference = load(checkpoint(family)), stock(checkpoint(family))
+    expected = reference.state_dict()
+    assert loaded.model.state_dict().keys() == expected.keys()
+    assert [n for n, tensor in loaded.model.state_dict().items() if not torch.equal(tensor, expected[n])] == []
+    # Equal weights at other addresses may be summed in another order: float32 rounding of a few hundred terms.
+    difference = (logits(loaded.model) - logits(reference)).abs().max()
+    assert difference <= 1e-5 * logits(reference).abs().max()
     assert loaded.report.saving_ratio == 0
 
 
