@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from typing import Any
@@ -97,3 +98,21 @@ def test_the_file_map_names_every_top_level_entry() -> None:
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {path.partition("/")[0] for path in listed} - {"service"} <= named_paths()
+
+
+def test_the_readme_states_the_stored_figures() -> None:
+    results = ROOT / "tests" / "benchmarks" / "results"
+    ratios = json.loads((results / "engine_2026-11-21.json").read_text(encoding="utf-8"))["ratios"]
+    one = [f"{ratios[f'{scheme}: step time at 1 / stock']:.2f}" for scheme in ("none", "w8a16")]
+    many = [f"{ratios[f'{scheme}: tokens/s at 16 / stock']:.1f}" for scheme in ("none", "w8a16")]
+    assert f"| {', '.join(one)} |" in README
+    assert f"| {', '.join(many)} |" in README
+    start = json.loads((results / "start_2026-11-21.json").read_text(encoding="utf-8"))
+    loads = [load for load in start["loads"] if load["recipe"] == "w8a16"]
+    slowest = max(load["load_s"] for load in loads)
+    largest = max(load["peak_over_start_and_weights_mb"] for load in loads)
+    ready = max(figures["ready_s"] for figures in start["demo"])
+    live = max(figures["livez_s"] for figures in start["demo"])
+    assert f"| {live:.1f} s, {ready:.1f} s |" in README
+    assert f"| {slowest:.1f} s |" in README
+    assert f"| {largest:.0f} MB |" in README
