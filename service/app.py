@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
@@ -65,21 +64,6 @@ def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
         logging.shutdown()
         os._exit(service.exit_code)  # the load thread is inside a library that cannot be interrupted
     return service.exit_code
-
-
-def doctor(settings: Settings | None, errors: Sequence[str], *, as_json: bool) -> int:
-    """Print what there is to know about this machine and the settings; returns the exit code.
-
-    `errors` say why there are no settings. Heavy libraries are imported here.
-    """
-    from service.reports.doctor import examine, print_diagnosis
-
-    diagnosis = examine({} if settings is None else settings.model_dump(mode="json"), errors)
-    if as_json:
-        print(json.dumps(diagnosis.as_dict(), indent=2))
-    else:
-        print_diagnosis(diagnosis)
-    return diagnosis.exit_code
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> Service:
@@ -287,6 +271,7 @@ def _load_weights(settings: Settings, progress: LoadProgress) -> LoadedModel:
         dtype=settings.dtype,
         cache_dir=settings.cache_dir,
         trust_remote_code=settings.trust_remote_code,
+        kernel_isa=settings.kernel_isa,
     )
     return load_model(options, progress)
 

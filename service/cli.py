@@ -9,15 +9,17 @@ import sys
 from collections.abc import Sequence
 
 from service import __version__
-from service.app import doctor, run
+from service.app import run
+from service.commands import bench_kernels, doctor
 from service.errors import PennyweightError, SettingError
-from service.invocation import COMMANDS, Invocation, read_invocation
+from service.invocation import COMMANDS, Invocation, read_invocation, read_kernel_bench
 from service.settings import as_toml, read_hub_token
 
 logger = logging.getLogger(__name__)
 
 _USAGE = """usage: pennyweight serve [MODEL] [options]
        pennyweight doctor [--json] [options]
+       pennyweight bench kernels [--json] [options]
 
 Serves a Hugging Face causal language model, quantized while it loads.
 
@@ -55,6 +57,8 @@ def _dispatch(words: list[str]) -> int:
         raise SettingError(f"{command} is not part of version {__version__}; available: {available}")
     if command == "doctor":
         return _doctor(rest)
+    if command == "bench":
+        return _bench(rest)
     return _serve(read_invocation(rest, os.environ, command))
 
 
@@ -89,3 +93,17 @@ def _doctor(words: list[str]) -> int:
         except SettingError as error:
             errors.append(str(error))
     return doctor(settings, errors, as_json=invocation.as_json)
+
+
+def _bench(words: list[str]) -> int:
+    if not words:
+        raise SettingError("bench: nothing to measure was named; write `pennyweight bench kernels`")
+    subject, *rest = words
+    if subject in ("--help", "-h"):
+        rest = ["--help"]
+    elif subject != "kernels":
+        raise SettingError(
+            f"bench {subject}: version {__version__} has no such benchmark; write `pennyweight bench kernels`"
+        )
+    bench, invocation = read_kernel_bench(rest, os.environ)
+    return bench_kernels(bench, invocation.settings, as_json=invocation.as_json)

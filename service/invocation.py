@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from service import __version__
 from service.errors import RecipeError, SettingError
 from service.numerics.recipe import parse_recipe
-from service.settings import LATER_SETTINGS, Settings
+from service.reports import bench_options
+from service.reports.bench_options import KernelBench
+from service.settings import LATER_SETTINGS, Settings, Size
 
 ENVIRONMENT_PREFIX = "PENNYWEIGHT_"
 COMMANDS = {
     "serve": "Load a model, quantize it while it loads, and serve it over HTTP.",
     "doctor": "Tell what this machine offers, which settings are in force, and what is in the way of a service.",
+    "bench": "Measure: `bench kernels` times products with packed weights beside a read and beside bf16 linear.",
 }
 """Every command and what it does."""
 
 _CONFIG = "config"
+_BENCH_SETTINGS = ("threads", "kernel_isa")
 _NOT_SET = "\0"  # no argument can hold it, so no argument is taken for None
 _KUBERNETES_LINK = re.compile(r"PENNYWEIGHT_(SERVICE_.*|PORT_\d+_(TCP|UDP|SCTP).*)|PENNYWEIGHT_PORT=\w+://.*")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
@@ -96,6 +100,72 @@ def read_invocation(arguments: Sequence[str], environment: Mapping[str, str], co
         as_json=words["json"],
         ignored_variables=ignored,
     )
+
+
+def read_kernel_bench(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[KernelBench, Invocation]:
+    """Read what follows `pennyweight bench kernels`; of the settings, it has flags for those that change its figures.
+
+    Raises:
+        SettingError: a name or a value is wrong, with name, value and rule.
+        SystemExit: `--help` was asked for and printed.
+    """
+    words = vars(_kernel_bench_parser().parse_args(arguments))
+    passed_on = [f"{flag_of(name)}={words[name]}" for name in (_CONFIG, *_BENCH_SETTINGS) if words[name] is not None]
+    invocation = read_invocation(passed_on + ["--json"] * words["json"], environment, "bench")
+    bench = KernelBench(
+        schemes=bench_options.parse_schemes(words["schemes"]),
+        shapes=bench_options.parse_shapes(words["shapes"]),
+        rows=bench_options.parse_rows(words["rows"]),
+        seconds_per_point=bench_options.parse_seconds(words["seconds_per_point"]),
+        encoder_parameters=bench_options.parse_encoder_parameters(words["encoder_parameters"]),
+        footprint_bytes=None if words["footprint"] is None else _read_footprint(words["footprint"]),
+        output=None if words["output"] is None else bench_options.parse_output(words["output"]),
+    )
+    return bench, invocation
+
+
+def _kernel_bench_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pennyweight bench kernels",
+        description="Time products with packed weights beside a read of the same bytes and beside bf16 linear.",
+        allow_abbrev=False,
+    )
+    lists = {
+        "schemes": (bench_options.DEFAULT_SCHEMES, "formats, semicolons between them"),
+        "shapes": (bench_options.DEFAULT_SHAPES, "KxN, commas between them"),
+        "rows": (bench_options.DEFAULT_ROWS, "numbers of rows, commas between them"),
+    }
+    for name, (default, text) in lists.items():
+        parser.add_argument(flag_of(name), default=default, metavar="LIST", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--seconds-per-point",
+        default=str(bench_options.DEFAULT_SECONDS_PER_POINT),
+        metavar="S",
+        help="for a shape at one number of rows, all formats together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--footprint", metavar="SIZE", help="of the copies of a weight (default: twice the caches, at least 256MiB)"
+    )
+    parser.add_argument(
+        "--encoder-parameters",
+        default=str(bench_options.DEFAULT_ENCODER_PARAMETERS),
+        metavar="N",
+        help="of the weight to time the encoders on; 0 leaves them out (default: %(default)s)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+    parser.add_argument(flag_of(_CONFIG), metavar="FILE", help="TOML file with settings")
+    for name in _BENCH_SETTINGS:
+        parser.add_argument(flag_of(name), help=Settings.model_fields[name].description)
+    return parser
+
+
+def _read_footprint(text: str) -> int:
+    try:
+        return TypeAdapter(Size).validate_python(text)
+    except ValidationError as error:
+        rule = _SUBJECT.sub("must", error.errors(include_url=False)[0]["msg"])
+        raise SettingError(f"--footprint {_shown(text)}: {rule}; write 256MiB, or leave it out") from error
 
 
 def flag_of(name: str) -> str:

@@ -69,6 +69,10 @@ class Settings(BaseModel):
         Literal["auto"] | Annotated[int, Field(ge=1, le=1024)],
         Field(description="CPU threads of the engine, 1 to 1024; auto: what affinity, quota and cores allow"),
     ] = "auto"
+    kernel_isa: Annotated[
+        Literal["auto", "torch", "baseline", "avx2", "avx512", "amx"],
+        Field(description="instruction set of the CPU kernels; auto: the best there is; torch: none of them"),
+    ] = "auto"
     host: Annotated[str, Field(min_length=1, max_length=253, description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: any free one")] = 8000
     max_model_len: Annotated[

@@ -23,8 +23,8 @@ HTTP = {"fastapi", "starlette", "pydantic", "pydantic_core", "prometheus_client"
 HEAVY = {"torch", "transformers"}
 """Their import takes seconds; the port opens before."""
 
-LAZY_MODULE = "service.app"
-"""Its load thread imports what is heavy; nothing else imports in a function."""
+LAZY_MODULES = {"service.app", "service.commands"}
+"""The load thread, and commands that end, import what is heavy; nothing else imports in a function."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ FLOORS = [
     Floor({"engine"}, {"torch"}, {}),
     Floor({"metrics", "api", "reports"}, HTTP, {"api": {"metrics"}, "reports": {"api"}}),
     Floor(
-        {"settings", "invocation", "demo", "app", "cli", "__main__"},
+        {"settings", "invocation", "demo", "app", "commands", "cli", "__main__"},
         None,
         {
             "invocation": {"settings"},
             "app": {"settings", "demo"},
-            "cli": {"settings", "invocation", "demo", "app"},
+            "commands": {"settings"},
+            "cli": {"settings", "invocation", "demo", "app", "commands"},
             "__main__": {"cli"},
         },
     ),
@@ -68,6 +69,9 @@ EXTRA_PACKAGES = {
     "service.api.template_worker": {"transformers", "jinja2"},  # a process of its own
     "service.reports.progress": {"rich"},
     "service.reports.doctor": {"rich", "torch", "huggingface_hub"},
+    "service.reports.bench_runs": {"torch"},
+    "service.reports.bench_kernels": {"torch"},
+    "service.reports.bench_table": {"rich"},
 }
 
 
@@ -159,9 +163,9 @@ def _may_see(room: str, other: str) -> bool:
 
 
 def hidden_imports(module: Module) -> list[str]:
-    """Star imports, imports by name at run time, and imports in functions but for the load thread's."""
+    """Star imports, imports by name at run time, and imports in functions but for those of the lazy modules."""
     found = [f"{module.at(i.line)}: import in a function" for i in module.imports(()) if i.in_function]
-    if module.name == LAZY_MODULE:
+    if module.name in LAZY_MODULES:
         found = []
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):

@@ -30,7 +30,7 @@ def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> Non
     assert "usage: pennyweight serve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["serve", "doctor"])
 def test_help_of_a_command_names_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -41,20 +41,32 @@ def test_help_of_a_command_names_every_setting(command: str, capsys: pytest.Capt
     assert "\0" not in text
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "evaluate", "bench", "server"])
+@pytest.mark.parametrize("words", [["bench", "--help"], ["bench", "kernels", "--help"]], ids=" ".join)
+def test_help_of_the_benchmark_names_its_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("schemes", "shapes", "rows", "threads", "footprint", "output", "json"))
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "evaluate", "server"])
 def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "model"]) == 2
     assert capsys.readouterr().err == (
-        f"pennyweight: {command} is not part of version {__version__}; available: serve, doctor\n"
+        f"pennyweight: {command} is not part of version {__version__}; available: {', '.join(COMMANDS)}\n"
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; available: serve, doctor"),
+        ([], "no command given; available: serve, doctor, bench"),
+        (["bench"], "bench: nothing to measure was named; write `pennyweight bench kernels`"),
+        (["bench", "serve"], "bench serve: version .* has no such benchmark; write `pennyweight bench kernels`"),
+        (["bench", "kernels", "--rows", "x"], "--rows x: 'x' must be a whole number"),
         (["serve", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
         (["serve", "--quantize", "w9a16"], "--quantize: .*w9a16"),
         (["serve", "--kv-cache", "int8"], "--kv-cache: not part of version"),

@@ -14,6 +14,7 @@ from service.settings import LATER_SETTINGS, Settings
 NUMBERS = ["port", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "max_queue"]
 NUMBERS += ["drain_timeout", "max_body_bytes", "failed_linger", "threads"]
 SPECIAL_VALUES = {
+    "kernel_isa": "torch",
     "model": "a",
     "quantize": "none",
     "device": "cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 import zipfile
 from email import message_from_bytes
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -23,6 +25,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 REQUIREMENTS = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
 PARTS = {"starlette": "fastapi", "pydantic_core": "pydantic"}
 """Packages that come with another one and change with it."""
+NATIVE = ROOT / "service" / "kernels" / "native"
+KERNELS = "service/kernels/libpennyweight_kernels.so"
 NAMED_IN_SETTINGS = {"h11"}
 """uvicorn imports it when told its name."""
 
@@ -30,11 +34,16 @@ NAMED_IN_SETTINGS = {"h11"}
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """A wheel of a copy of the project, built by the backend that pip would call."""
+    return build_wheel(tmp_path_factory)
+
+
+def build_wheel(tmp_path_factory: pytest.TempPathFactory, **environment: str) -> zipfile.ZipFile:
     copy, out = tmp_path_factory.mktemp("project") / "copy", tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__", ".*_cache", ".git", ".hypothesis")
     shutil.copytree(ROOT, copy, ignore=ignore)
     code = f"from scikit_build_core.build import build_wheel; build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True)
+    variables = os.environ | environment
+    subprocess.run([sys.executable, "-c", code], cwd=copy, env=variables, check=True, capture_output=True)
     (path,) = out.iterdir()
     return zipfile.ZipFile(path)
 
@@ -75,10 +84,37 @@ def test_the_command_is_a_function() -> None:
     assert callable(getattr(import_module(module), function))
 
 
-def test_a_wheel_holds_every_file_of_the_service_and_no_other(wheel: zipfile.ZipFile) -> None:
-    paths = (ROOT / "service").rglob("*")
-    files = {str(p.relative_to(ROOT)) for p in paths if p.is_file() and "__pycache__" not in p.parts}
-    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == files
+def held_files(wheel: zipfile.ZipFile) -> set[str]:
+    return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def source_files() -> set[str]:
+    """All that is there to run, which sources of the kernel library are not, nor what is built of them."""
+    paths = (path for path in (ROOT / "service").rglob("*") if path.is_file() and path.suffix != ".so")
+    return {str(p.relative_to(ROOT)) for p in paths if "__pycache__" not in p.parts and NATIVE not in p.parents}
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_wheel_holds_every_file_of_the_service_and_the_kernel_library(wheel: zipfile.ZipFile) -> None:
+    assert held_files(wheel) == source_files() | {KERNELS}
+
+
+def test_without_a_compiler_a_wheel_has_no_kernel_library_and_the_same_name(
+    wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tools = tmp_path_factory.mktemp("tools")
+    for name in ("cmake", "ninja"):
+        tool = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        assert tool is not None
+        (tools / name).symlink_to(tool)
+    bare = build_wheel(tmp_path_factory, PATH=str(tools), CXX="", CC="")
+    assert held_files(bare) == source_files()
+    assert Path(str(bare.filename)).name == Path(str(wheel.filename)).name
+
+
+def test_a_wheel_is_for_every_python_of_this_platform(wheel: zipfile.ZipFile) -> None:
+    _, _, python, abi, _ = Path(str(wheel.filename)).stem.split("-")
+    assert (python, abi) == ("py3", "none")
 
 
 def test_a_wheel_holds_the_demo_model_byte_for_byte(wheel: zipfile.ZipFile) -> None:

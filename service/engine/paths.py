@@ -16,6 +16,7 @@ from service.engine.runner import ModelRunner, Runner
 from service.engine.sequential import CacheRunner
 from service.engine.stats import EnginePath
 from service.errors import UnsupportedModel
+from service.layers.fusion import num_fused_groups, unfuse
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def choose_runner(model: nn.Module, *, vocab_size: int, max_model_len: int) -> M
     attention = stock_attention(model)
     obstacle = packing_obstacle(model)
     if obstacle is None:
-        runner, reason = _try(partial(Runner, model), make_probe(thorough=False))
+        runner, reason = _try(model, partial(Runner, model), make_probe(thorough=False))
         if runner is not None:
             logger.info("the model is computed packed: %s; probed in %.2f s", reason, time.monotonic() - started)
             return runner
@@ -39,7 +40,7 @@ def choose_runner(model: nn.Module, *, vocab_size: int, max_model_len: int) -> M
     rejected = [f"packed: {obstacle or reason}"]
     probe = make_probe(thorough=True)
     for name, make in _slow_ways(model):
-        runner, reason = _try(make, probe)
+        runner, reason = _try(model, make, probe)
         if runner is not None:
             logger.warning(
                 "model type %r is computed %s, with a forward for each sequence, which is slow for many (%s); "
@@ -65,8 +66,20 @@ def _slow_ways(model: nn.Module) -> Iterator[tuple[str, Callable[[], ModelRunner
     yield "single", partial(make, path=EnginePath.SINGLE, chunked=False)
 
 
-def _try(make: Callable[[], ModelRunner], probe: Probe) -> tuple[ModelRunner | None, str]:
-    """The runner if it passes, and what the probe found."""
+def _try(model: nn.Module, make: Callable[[], ModelRunner], probe: Probe) -> tuple[ModelRunner | None, str]:
+    """The runner if it passes, with fused linears or else without, and what the probe found."""
+    runner, reason = _try_as_it_is(make, probe)
+    if runner is None and unfuse(model):
+        reason_fused = reason
+        runner, reason = _try_as_it_is(make, probe)
+        if runner is not None:
+            logger.warning("linears that share an input are computed one by one (together: %s)", reason_fused)
+    elif runner is not None and (num_groups := num_fused_groups(model)):
+        logger.info("%d groups of linears that share an input are computed together", num_groups)
+    return runner, reason
+
+
+def _try_as_it_is(make: Callable[[], ModelRunner], probe: Probe) -> tuple[ModelRunner | None, str]:
     try:
         runner = make()
         error = probe.error(runner)

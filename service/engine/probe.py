@@ -4,6 +4,8 @@ Three sequences of random token ids, one of a single token, are computed as the 
 chunks, next to each other, with a few decodes. The logits of each piece are compared with those of
 one forward of transformers over the whole sequences. The ids come from the middle half of the
 vocabulary, because special tokens lie at its ends and some models treat them in a way of their own.
+
+That forward computes every linear alone, and shows which share an input; runners find these fused.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from service.engine.scheduler import Batch, Outcome, Scheduler
 from service.engine.sequence import SamplingParams, Sequence
 from service.engine.stats import EnginePath
 from service.errors import UnsupportedModel
+from service.layers.fusion import fuse, watch_siblings
+from service.loading.memory import tight_heap
 
 _NUM_SEQUENCES = 3
 _LARGE_MODEL_BYTES = 1 << 25
@@ -46,8 +50,8 @@ _TINY = 1e-30
 class Probe:
     """Token ids, and the logits that the model's own forward gives for them.
 
-    Make it before any runner, while the model attends in its own way. Without `thorough` a large
-    model is looked at more quickly.
+    Make it before any runner, while the model attends in its own way. It leaves linears that share an
+    input fused. Without `thorough` a large model is looked at more quickly.
 
     Raises:
         UnsupportedModel: the model's own forward fails or gives NaN.
@@ -67,7 +71,8 @@ class Probe:
         low, high = vocab_size // 4, max(vocab_size // 4 + 1, vocab_size * 3 // 4)
         self._ids = torch.randint(low, high, (_NUM_SEQUENCES, width), generator=generator)
         try:
-            self._expected = self._stock_logits()
+            with watch_siblings(model) as siblings:
+                self._expected = self._stock_logits()
         except Exception as error:
             raise UnsupportedModel(
                 f"model type {model_type(model)!r} raises {type(error).__name__} in its own forward ({error}); "
@@ -78,6 +83,9 @@ class Probe:
                 f"model type {model_type(model)!r} gives NaN in {next(model.parameters()).dtype}; "
                 "its own forward must be finite; use another --dtype or checkpoint"
             )
+        for layers in siblings:
+            with tight_heap():  # gives back what each group leaves behind: on small models, as much as their weights
+                fuse(layers)
 
     @torch.inference_mode()
     def error(self, runner: ModelRunner) -> float:
@@ -149,7 +157,7 @@ class Probe:
             hook.remove()
         return row_errors(noisy.flatten(0, 1), self._expected.flatten(0, 1))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _stock_logits(self) -> Tensor:
         """Logits float32[sequences, tokens, vocab] by one forward of transformers."""
         ids = self._ids.to(next(self._model.parameters()).device)

@@ -1,17 +1,120 @@
-"""The one place that picks a kernel."""
+"""The one place that picks a kernel: native where the library, the CPU and the activations allow it, else torch's."""
 
 from __future__ import annotations
 
-from typing import Final
+import logging
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from service.kernels import reference
+from service.errors import SettingError
+from service.kernels import native, native_encode, reference
+from service.kernels.native import Library, NativeWeight
+from service.numerics import encode as torch_encode
+from service.numerics.encode import EncodedWeight
 from service.numerics.schemes import QuantScheme
 
-KERNEL: Final = "torch"  # the kernels in use, for the report and the metric label
+logger = logging.getLogger(__name__)
+
 FEW_ROWS: Final = 4
+ISAS: Final = ("torch", "baseline", "avx2", "avx512", "amx")
+"""What `select_isa` knows besides `auto`: no kernels of our own, then instruction sets, best last."""
+
+_TORCH: Final = "torch"
+_BFLOAT16: Final = torch.bfloat16
+_MAX_WEIGHTS: Final = 1 << 16  # that are kept described, some 300 bytes each
+
+
+class Choice(NamedTuple):
+    """Kernels, and why these."""
+
+    isa: str
+    why: str
+
+    @property
+    def kernel(self) -> str:
+        """Name for reports: `torch`, or `native-` and the instruction set."""
+        return _TORCH if self.isa == _TORCH else f"native-{self.isa}"
+
+
+class _Kernels:
+    """What is in use.
+
+    Attributes:
+        library: None for torch's operators.
+        weights: those that were multiplied so far, by everything that describes one, so that a weight which moves, or
+            another in its place, is described anew.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[tuple[object, ...], NativeWeight] = {}
+        self.library: Library | None = None
+        self.use(choose("auto"))
+
+    def use(self, choice: Choice) -> None:
+        library = None if choice.isa == _TORCH else native.load().library
+        if library is not None:
+            library.select(choice.isa)
+        self.choice, self.library = choice, library
+
+    def keep(self, key: tuple[object, ...], weight: NativeWeight) -> NativeWeight:
+        if len(self.weights) >= _MAX_WEIGHTS:
+            self.weights.clear()
+        self.weights[key] = weight
+        return weight
+
+
+def obstacle(isa: str) -> str:
+    """Why this machine cannot run the kernels of an instruction set; "" if it can."""
+    if isa == _TORCH:
+        return ""
+    library, reason = native.load()
+    return reason if library is None else library.obstacle(isa)
+
+
+def choose(name: str) -> Choice:
+    """What `--kernel-isa` of this value means here; `auto` is the best there is.
+
+    Raises:
+        SettingError: no such instruction set, or not on this machine.
+    """
+    usable = [isa for isa in ISAS if not obstacle(isa)]
+    if name == "auto":
+        best = usable[-1]
+        if best == _TORCH:
+            return Choice(best, native.load().obstacle)
+        better = ISAS[ISAS.index(best) + 1 :]
+        return Choice(best, "; ".join(["the best for this machine", *(f"{isa}: {obstacle(isa)}" for isa in better)]))
+    if name not in ISAS:
+        raise SettingError(f"--kernel-isa {name}: no instruction set of the kernels; use {_listed(usable)}")
+    if name not in usable:
+        raise SettingError(f"--kernel-isa {name}: {obstacle(name)}; use {_listed(usable)}")
+    return Choice(name, "--kernel-isa says so")
+
+
+def _listed(usable: list[str]) -> str:
+    return f"{', '.join(['auto', *usable[:-1]])} or {usable[-1]}"
+
+
+_kernels = _Kernels()
+
+
+def select_isa(name: str) -> None:
+    """Compute with these kernels from now on, in all threads.
+
+    Raises:
+        SettingError: as `choose`.
+    """
+    _kernels.use(choose(name))
+    logger.info("kernels: %s (%s)", _kernels.choice.kernel, _kernels.choice.why)
+
+
+def kernel_name(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
+    """Name of the kernels that activations on such a device and of such a dtype meet."""
+    is_native = device == "cpu" and dtype == torch.bfloat16
+    return _kernels.choice.kernel if is_native else _TORCH
 
 
 def linear(
@@ -21,9 +124,10 @@ def linear(
     zero_points: Tensor | None,
     *,
     scheme: QuantScheme,
+    out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """Compute x @ W.T + bias with the buffers of `numerics.encode`.
+    """Compute x @ W.T + bias with the buffers of `numerics.encode`; no gradients.
 
     Args:
         x: float[..., in].
@@ -32,18 +136,79 @@ def linear(
     Returns:
         float[..., out] of x's dtype.
     """
+    library = _kernels.library
+    if (
+        library is None
+        or x.dtype is not _BFLOAT16
+        or not x.is_cpu
+        or (bias is not None and not (bias.dtype is _BFLOAT16 and bias.is_contiguous()))
+    ):
+        return _torch_linear(x, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias)
+    in_features = x.shape[-1]
+    offsets = 0 if zero_points is None else zero_points.data_ptr()
+    key = (qweight.data_ptr(), scales.data_ptr(), offsets, out_features, in_features, id(scheme))
+    weight = _kernels.weights.get(key) or _kernels.keep(
+        key,
+        native.packed_weight(
+            qweight, scales, zero_points, scheme=scheme, out_features=out_features, in_features=in_features
+        ),
+    )
+    return library.linear(x, weight, bias)
+
+
+def linear_unquantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x @ W.T + bias, natively for a few bfloat16 rows on the CPU; no gradients there.
+
+    Args:
+        x: float[..., in].
+        weight: float[out, in] of x's dtype.
+        bias: float[out] of x's dtype, or None.
+    """
+    library = _kernels.library
+    if (
+        library is None
+        or x.dtype is not _BFLOAT16
+        or not x.is_cpu
+        or x.numel() > FEW_ROWS * x.shape[-1]
+        or not weight.is_contiguous()
+        or (bias is not None and not bias.is_contiguous())
+    ):
+        return functional.linear(x, weight, bias)
+    key = (weight.data_ptr(), *weight.shape)
+    described = _kernels.weights.get(key) or _kernels.keep(key, native.unquantized_weight(weight))
+    return library.linear(x, described, bias)
+
+
+def encode(weight: Tensor, scheme: QuantScheme) -> EncodedWeight:
+    """Quantize and pack a weight: as `numerics.encode.encode`, natively where there is a kernel for it.
+
+    Args:
+        weight: float[out, in] on the CPU, finite, of any strides.
+
+    Raises:
+        QuantizationError: the weight is not 2-D, is empty, or holds NaN or infinity.
+    """
+    library = _kernels.library
+    if library is None or not native_encode.is_encodable(weight):
+        return torch_encode.encode(weight, scheme)
+    return native_encode.encode(library, weight, scheme)
+
+
+def _torch_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    *,
+    scheme: QuantScheme,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if scheme.group_size:
-        y = reference.linear_packed(rows, qweight, scales, zero_points, scheme=scheme, bias=bias)
-    elif _suits_int8_operator(rows):
-        y = reference.linear_w8a16_few_rows(rows, qweight, scales, bias)
+        y = reference.linear_packed(
+            rows, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias
+        )
     else:
-        y = reference.linear_w8a16(rows, qweight, scales, bias)
-    return y.view(*x.shape[:-1], len(qweight))
-
-
-def _suits_int8_operator(x: Tensor) -> bool:
-    """A few bfloat16 rows on the CPU, of a width that torch's int8 operator reads correctly."""
-    num_rows, in_features = x.shape
-    is_bfloat16_on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return is_bfloat16_on_cpu and 1 <= num_rows <= FEW_ROWS and in_features % 32 == 0
+        y = reference.linear_w8a16(rows, qweight, scales, bias, out_features=out_features)
+    return y.view(*x.shape[:-1], out_features)

@@ -1,6 +1,6 @@
 """Products of activations with packed weights from torch operators alone: the oracle, and the fallback everywhere.
 
-Weights are decoded in blocks of output rows that stay in a cache, and each block is multiplied by `linear` of torch.
+Weights are decoded in blocks of strips that stay in a cache, and each block is multiplied by `linear` of torch.
 float16 activations are computed in float32: sums of products with codes reach 127 times the sums of weights,
 beyond 65504, and bfloat16 scales are not exact in float16.
 """
@@ -15,42 +15,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.numerics.encode import decode
+from service.numerics.packing import STRIP, unpack_tiles
 from service.numerics.schemes import QuantScheme
 
 CPU_BLOCK_BYTES: Final = 2 << 20  # of decoded weights; about the L2 of two cores, measured best of 1/4 to 4 MiB
 DEVICE_BLOCK_BYTES: Final = 64 << 20  # enough rows to fill a large GPU
 
 
-def linear_w8a16(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def linear_w8a16(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
     """Compute x @ W.T + bias for one scale per row.
 
     Integers are exact in every activation dtype; the scales multiply the sums in float32, once.
 
     Args:
         x: float[rows, in], contiguous.
-        qweight: int8[out, in].
-        scales: float32[out].
+        qweight, scales: as `numerics.encode` makes them.
         bias: float[out] or None.
 
     Returns:
         float[rows, out] of x's dtype.
     """
-    rows, y = _operand(x), x.new_empty(len(x), len(qweight))
-    for block in _blocks(qweight, x.shape[1] * rows.itemsize):
-        sums = functional.linear(rows, qweight[block].to(rows.dtype))
-        y[:, block] = _scaled(sums, scales[block], None if bias is None else bias[block])
+    rows, y = _operand(x), x.new_empty(len(x), out_features)
+    for strips, outputs in _blocks(qweight, out_features, x.shape[1] * rows.itemsize):
+        codes = unpack_tiles(qweight[strips], 8)[: outputs.stop - outputs.start, : x.shape[1]]
+        sums = functional.linear(rows, codes.to(rows.dtype))
+        product = sums * scales[outputs]  # float32, to which bfloat16 sums are promoted
+        y[:, outputs] = product if bias is None else product.add_(bias[outputs])
     return y
-
-
-def linear_w8a16_few_rows(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for a few bfloat16 rows on the CPU: torch's int8 operator reads each code once, undecoded.
-
-    It takes scales in the dtype of x only; it gets ones, and the float32 scales multiply its sums.
-    `in` must be a multiple of 32: at others the operator returns wrong sums or crashes (torch 2.13).
-    """
-    ones = torch.ones(len(qweight), dtype=x.dtype)
-    sums = torch._weight_int8pack_mm(x, qweight, ones)
-    return _scaled(sums, scales, bias).to(x.dtype)
 
 
 def linear_packed(
@@ -60,6 +51,7 @@ def linear_packed(
     zero_points: Tensor | None,
     *,
     scheme: QuantScheme,
+    out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
     """Compute x @ W.T + bias for one scale per group; decoded weights are rounded to x's dtype.
@@ -72,17 +64,18 @@ def linear_packed(
     Returns:
         float[rows, out] of x's dtype.
     """
-    rows, y = _operand(x), x.new_empty(len(x), len(qweight))
-    for block in _blocks(qweight, x.shape[1] * torch.float32.itemsize):
+    rows, y = _operand(x), x.new_empty(len(x), out_features)
+    for strips, outputs in _blocks(qweight, out_features, x.shape[1] * torch.float32.itemsize):
         weight = decode(
-            qweight[block],
-            scales[block],
-            None if zero_points is None else zero_points[block],
+            qweight[strips],
+            scales[strips],
+            None if zero_points is None else zero_points[strips],
             scheme=scheme,
+            out_features=outputs.stop - outputs.start,
             in_features=x.shape[1],
         )
-        y[:, block] = functional.linear(
-            rows, weight.to(rows.dtype), None if bias is None else bias[block].to(rows.dtype)
+        y[:, outputs] = functional.linear(
+            rows, weight.to(rows.dtype), None if bias is None else bias[outputs].to(rows.dtype)
         )
     return y
 
@@ -92,14 +85,10 @@ def _operand(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else x
 
 
-def _blocks(qweight: Tensor, row_bytes: int) -> Iterator[slice]:
-    """Runs of output rows, decoded to `row_bytes` each, that fill a block."""
-    num_rows = max(1, (CPU_BLOCK_BYTES if qweight.device.type == "cpu" else DEVICE_BLOCK_BYTES) // row_bytes)
-    for first in range(0, len(qweight), num_rows):
-        yield slice(first, first + num_rows)
-
-
-def _scaled(sums: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """Sums of products with codes to float32 results."""
-    product = sums * scales  # float32, to which bfloat16 sums are promoted
-    return product if bias is None else product.add_(bias)
+def _blocks(qweight: Tensor, out_features: int, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of strips that fill a block when decoded to `row_bytes` for each output, and the outputs in them."""
+    block_bytes = CPU_BLOCK_BYTES if qweight.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    num_strips = max(1, block_bytes // (STRIP * row_bytes))
+    for first in range(0, len(qweight), num_strips):
+        last = first + num_strips
+        yield slice(first, last), slice(first * STRIP, min(last * STRIP, out_features))

@@ -31,7 +31,7 @@ class QuantizedModule(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme = scheme
-        self._in_features = in_features
+        self._shape = (out_features, in_features)
         for name, spec in storage_shapes(out_features, in_features, scheme)._asdict().items():
             buffer = None if spec is None else TensorSpec((*stacked, *spec.shape), spec.dtype).empty()
             self.register_buffer(name, buffer)
@@ -42,11 +42,27 @@ class QuantizedModule(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weights that the module computes with: float32[out, in]."""
-        return decode(self.qweight, self.scales, self.zero_points, scheme=self.scheme, in_features=self._in_features)
+        out_features, in_features = self._shape
+        return decode(
+            self.qweight,
+            self.scales,
+            self.zero_points,
+            scheme=self.scheme,
+            out_features=out_features,
+            in_features=in_features,
+        )
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x @ W.T + bias: float[..., in] -> float[..., out]."""
-        return dispatch.linear(x, self.qweight, self.scales, self.zero_points, scheme=self.scheme, bias=bias)
+        return dispatch.linear(
+            x,
+            self.qweight,
+            self.scales,
+            self.zero_points,
+            scheme=self.scheme,
+            out_features=self._shape[0],
+            bias=bias,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Let `.to` and its relatives move the buffers and keep their dtypes."""

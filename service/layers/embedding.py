@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from service.layers.buffers import QuantizedModule
-from service.numerics.encode import decode
+from service.numerics.encode import decode_rows
 from service.numerics.schemes import QuantScheme
 
 
@@ -37,14 +37,16 @@ class QuantizedEmbedding(QuantizedModule):
         self.multiplier = multiplier
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """int[...] -> float[..., embedding_dim]."""
+        """int[...] -> float[..., embedding_dim].
+
+        Raises:
+            IndexError: an id beyond the vocabulary, on the CPU; elsewhere that would have to wait for the device.
+        """
         ids = token_ids.reshape(-1)
-        rows = decode(
-            self.qweight[ids],
-            self.scales[ids],
-            None if self.zero_points is None else self.zero_points[ids],
-            scheme=self.scheme,
-            in_features=self.embedding_dim,
+        if ids.is_cpu and len(ids) and (largest := int(ids.max())) >= self.num_embeddings:
+            raise IndexError(f"index {largest} is out of bounds for {self.num_embeddings} embeddings")
+        rows = decode_rows(
+            self.qweight, self.scales, self.zero_points, ids, scheme=self.scheme, in_features=self.embedding_dim
         )
         rounded = rows.to(self.dtype).view(*token_ids.shape, self.embedding_dim)
         return rounded if self.multiplier == 1 else rounded * self.multiplier

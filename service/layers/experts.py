@@ -28,7 +28,7 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class QuantizedExperts(QuantizedModule):
-    """One weight [out, in] of each of several experts; buffers [experts, ...].
+    """One weight [out, in] of each of several experts; buffers [experts, ...], each expert encoded by itself.
 
     It stands where the module of all experts had a parameter, and is multiplied by `forward_experts`.
     """
@@ -38,13 +38,6 @@ class QuantizedExperts(QuantizedModule):
         self.num_experts = num_experts
         self.in_features = in_features
         self.out_features = out_features
-
-    def fill(self, encoded: EncodedWeight) -> None:
-        """Take over the buffers of all experts, encoded as one weight [experts * out, in]."""
-        for name in ("qweight", "scales", "zero_points"):
-            buffer = getattr(encoded, name)
-            if buffer is not None:
-                setattr(self, name, buffer.unflatten(0, (self.num_experts, self.out_features)))
 
     def fill_expert(self, expert: int, encoded: EncodedWeight) -> None:
         """Copy the buffers of one encoded expert to their place, which is allocated with the first."""
@@ -61,14 +54,21 @@ class QuantizedExperts(QuantizedModule):
         """The weights that the module computes with: float32[experts, out, in]."""
         return torch.stack(
             [
-                decode(*self._buffers_of(index), scheme=self.scheme, in_features=self.in_features)
+                decode(
+                    *self._buffers_of(index),
+                    scheme=self.scheme,
+                    out_features=self.out_features,
+                    in_features=self.in_features,
+                )
                 for index in range(self.num_experts)
             ]
         )
 
     def multiply_expert(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x @ W.T + bias with one expert: float[rows, in] -> float[rows, out]."""
-        return dispatch.linear(x, *self._buffers_of(index), scheme=self.scheme, bias=bias)
+        return dispatch.linear(
+            x, *self._buffers_of(index), scheme=self.scheme, out_features=self.out_features, bias=bias
+        )
 
     def _buffers_of(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         zero_points = None if self.zero_points is None else self.zero_points[index]

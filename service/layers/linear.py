@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from service.layers.buffers import QuantizedModule
+from service.numerics.encode import EncodedWeight
 from service.numerics.schemes import W8A16, QuantScheme
 
 
@@ -14,9 +18,14 @@ class QuantizedLinear(QuantizedModule):
 
     Args:
         dtype: of the bias; activations of any float dtype are taken and kept.
+
+    Attributes:
+        fused: gives the result if the layer is computed together with others, or None if it must compute alone; see
+            `fusion`. `fill`, and whatever moves or casts the layer, ends it.
     """
 
     bias: nn.Parameter | None
+    fused: Callable[[Tensor], Tensor | None] | None
 
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype
@@ -26,10 +35,22 @@ class QuantizedLinear(QuantizedModule):
         self.out_features = out_features
         empty_bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.register_parameter("bias", empty_bias)
+        self.fused = None
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[..., out]."""
+        if self.fused is not None and (y := self.fused(x)) is not None:
+            return y
         return self.multiply(x, self.bias)
+
+    def fill(self, encoded: EncodedWeight) -> None:
+        """See `QuantizedModule`."""
+        self.fused = None
+        super().fill(encoded)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.fused = None
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Sizes and scheme, for `repr`."""
@@ -44,7 +65,7 @@ class W8A16Linear(QuantizedLinear):
 
 
 class PackedLinear(QuantizedLinear):
-    """8- or 4-bit codes with bfloat16 scales, and zero points if asymmetric, per group."""
+    """8- or 4-bit codes with scales, and zero points if asymmetric, per group."""
 
 
 def quantized_linear(

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from service.errors import ModelError, PennyweightError, UnsupportedModel
-from service.kernels.dispatch import KERNEL
+from service.kernels.dispatch import kernel_name, select_isa
 from service.loading import integrity, memory
 from service.loading.checkpoint import Checkpoint, TensorRef
 from service.loading.config import ServedModel, first_line, pick_device, pick_dtype, read_model
@@ -46,6 +46,7 @@ class LoadOptions:
         dtype: `auto`, `bfloat16`, `float16` or `float32`; of activations and unquantized weights.
         cache_dir: where hub files are kept; None for huggingface_hub's own place.
         trust_remote_code: whether code that the model brings along may run, where transformers has none for it.
+        kernel_isa: as `dispatch.select_isa` takes it.
     """
 
     model: str
@@ -55,6 +56,7 @@ class LoadOptions:
     dtype: str = "auto"
     cache_dir: Path | None = None
     trust_remote_code: bool = False
+    kernel_isa: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,7 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
     """
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    select_isa(options.kernel_isa)
     source, served = _find(options, progress)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device, served.dtype)
@@ -109,7 +112,7 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
         scheme=options.recipe.label,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        kernel=KERNEL,
+        kernel=kernel_name(device.type, dtype),
         revision=source.revision,
         weight_bytes=weight_bytes(model, record),
         original_bytes=record.original_bytes,

@@ -31,9 +31,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from service.errors import CheckpointError, PennyweightError
+from service.kernels.dispatch import encode
 from service.layers.experts import QuantizedExperts, forward_experts
 from service.layers.replace import QuantizedLayer, Slot, Vocabulary, assign_schemes, attach_experts, swap
-from service.numerics.encode import EncodedWeight, encode
+from service.numerics.encode import EncodedWeight
 from service.numerics.recipe import Recipe
 
 METHOD = "pennyweight"
@@ -195,13 +196,13 @@ class EncodeWeights(ConversionOps):
                 f"{slot.parameter} has shape {list(weight.shape)} in the checkpoint, the config asks for "
                 f"{list(slot.stored_shape)}; config and weights belong to different models"
             )
-        if isinstance(layer, QuantizedExperts) and slot.is_transposed:
+        if isinstance(layer, QuantizedExperts):
             for index, expert in enumerate(weight):
                 encoded = self._encode(slot, expert)
                 with _one_thread():
                     layer.fill_expert(index, encoded)
         else:
-            layer.fill(self._encode(slot, weight.flatten(0, -2)))  # rows of experts, one below the other
+            layer.fill(self._encode(slot, weight))
 
     def _encode(self, slot: Slot, weight: Tensor) -> EncodedWeight:
         """Encode a matrix as it is stored, and add up what that cost."""

@@ -59,7 +59,7 @@ class LoadReport:
         scheme: the `scheme` metric label: the canonical scheme, or `mixed-` and 8 hex digits.
         dtype: serving dtype, such as `bfloat16`.
         device: `cpu` or `cuda`.
-        kernel: name of the kernel path in use, such as `torch`.
+        kernel: name of the kernels in use: `torch`, or `native-` and an instruction set.
         revision: hub commit, or "local".
         weight_bytes: by kind.
         original_bytes: what scheme `none` would hold at the serving dtype, tied tensors once.

@@ -31,6 +31,7 @@ from service.errors import QuantizationError
 from service.numerics.schemes import QuantScheme
 
 SYMMETRIC_ZERO_POINT: Final = 8  # of 4-bit codes, implied where no zero points are stored
+NOT_FINITE: Final = "the weight holds NaN or infinity, all of it must be finite; repair the checkpoint"
 
 
 class QuantizedWeight(NamedTuple):
@@ -38,7 +39,8 @@ class QuantizedWeight(NamedTuple):
 
     Attributes:
         codes: int8[out, in] for 8 bit, uint8[out, in] for 4 bit.
-        scales: float32[out] per row, or bfloat16[out, num_groups]; negative ones occur with `-sym`.
+        scales: float32[out] per row, or [out, num_groups], bfloat16 or, with a codebook, float32; negative ones occur
+            with `-sym`.
         zero_points: uint8[out, num_groups]; None if symmetric, which implies 0 for int8 and 8 for uint8 codes.
     """
 
@@ -65,6 +67,16 @@ def require_matrix(weight: Tensor) -> None:
         )
 
 
+def refuse_nonfinite(scales: Tensor) -> None:
+    """Refuse weights whose scales are NaN or infinite, which they are if a weight of their group is.
+
+    Raises:
+        QuantizationError: always with the same text.
+    """
+    if not scales.isfinite().all():
+        raise QuantizationError(NOT_FINITE)
+
+
 def quantize(weight: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype | None = None) -> QuantizedWeight:
     """Round a weight to nearest.
 
@@ -77,14 +89,13 @@ def quantize(weight: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype | 
     """
     require_matrix(weight)
     dtype = scale_dtype or (torch.bfloat16 if scheme.group_size else torch.float32)
-    parts = [_round_groups(grouped, scheme, dtype) for _, grouped in _by_group(weight.float(), scheme.group_size)]
+    parts = [_round_groups(grouped, scheme, dtype) for _, grouped in by_group(weight.float(), scheme.group_size)]
     codes = torch.cat([part.codes.flatten(1) for part in parts], 1)
     scales = torch.cat([part.scales for part in parts], 1)
     zero_points = (
         None if scheme.symmetric else torch.cat([p.zero_points for p in parts if p.zero_points is not None], 1)
     )
-    if not scales.isfinite().all():
-        raise QuantizationError("the weight holds NaN or infinity, all of it must be finite; repair the checkpoint")
+    refuse_nonfinite(scales)
     return QuantizedWeight(codes, scales if scheme.group_size else scales[:, 0], zero_points)
 
 
@@ -93,7 +104,7 @@ def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_
     weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     scales = scales.float().view(len(codes), num_groups(codes.shape[1], group_size), 1)
     signed = codes.view(torch.int8)  # 0..15 is the same in both; torch converts from int8 several times faster
-    for (groups, code), (_, product) in zip(_by_group(signed, group_size), _by_group(weight, group_size), strict=True):
+    for (groups, code), (_, product) in zip(by_group(signed, group_size), by_group(weight, group_size), strict=True):
         if zero_points is not None:
             code = code - zero_points[:, groups, None].view(torch.int8)
         elif codes.dtype == torch.uint8:
@@ -102,7 +113,7 @@ def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_
     return weight
 
 
-def _by_group(matrix: Tensor, group_size: int) -> Iterator[tuple[slice, Tensor]]:
+def by_group(matrix: Tensor, group_size: int) -> Iterator[tuple[slice, Tensor]]:
     """Views [out, groups, weights] of the full groups, then of the short one if there is one, and which they are."""
     size = group_size or matrix.shape[1]
     full = matrix.shape[1] // size

@@ -1,11 +1,28 @@
-"""Codes in memory: 8-bit codes one per byte, 4-bit codes two per byte, the first one in the low bits.
+"""Codes in memory: strips of 16 output rows, and in them tiles of 32 input columns.
 
-    codes     c0  c1  c2  c3  c4 ...                     (uint8, 0..15)
-    byte 0    c1 << 4 | c0          bit  7 6 5 4 | 3 2 1 0
-    byte 1    c3 << 4 | c2                 c1    |   c0
+Both sizes are padded with codes 0. A weight [out, in] has S = ceil(out / 16) strips of T = ceil(in / 32) tiles each,
+of 512 bytes for 8-bit codes and 256 bytes for 4-bit codes; a strip's tiles follow one another from left to right:
 
-A row of packed weights is padded with codes 0 to a multiple of `K_TILE` codes. Whatever the zero point, the
-padding never meets an activation: readers cut a row to its width. Zero points are packed alike, padded to a byte.
+          in -->
+    out   tile 0      tile 1      ...
+     |    tile T      tile T + 1  ...          tile = 16 outputs x 32 columns
+     v    tile 2 T    ...
+
+Kernels multiply pairs of neighbouring columns, so that the bytes of a tile run through the outputs before they
+run through the pairs. For 8 bit, four outputs and two pairs at a time, as `oO:cC` (output, columns):
+
+    byte   0  00:00 00:01  01:00 01:01  02:00 02:01  03:00 03:01   00:02 00:03  01:02 01:03  02:02 02:03  03:02 03:03
+    byte  16  the same of outputs 4 to 7, then 8 to 11 and 12 to 15
+    byte  64  the same of columns 4 to 7, and so on
+
+For 4 bit, the eight codes c0..c7 of one output and columns 8z .. 8z+7 are one little-endian 32-bit word, even columns
+in the low half; the word of output o and columns 8z is word 16 z + o of the tile:
+
+    bits    31..28  27..24  23..20  19..16    15..12  11..8   7..4    3..0
+    code      c7      c5      c3      c1        c6      c4      c2      c0
+
+Scales and zero points of a strip lie group by group, the 16 outputs side by side; zero points are nibbles, the lower
+output in the low bits. All of it needs a little-endian machine, as all that torch runs on are.
 """
 
 from __future__ import annotations
@@ -14,30 +31,97 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+STRIP: Final = 16
 K_TILE: Final = 32
 
 
-def padded_width(in_features: int) -> int:
-    """Codes per row of packed weights, padding included."""
-    return -(-in_features // K_TILE) * K_TILE
+def num_strips(out_features: int) -> int:
+    """Strips of a weight."""
+    return -(-out_features // STRIP)
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8[rows, n] codes below 2**bits into uint8[rows, ceil(n * bits / 8)]; bits is 4 or 8.
+def num_tiles(in_features: int) -> int:
+    """Tiles of a strip."""
+    return -(-in_features // K_TILE)
 
-    The unused high bits of a last byte are 0. 4 bits: needs a little-endian machine, as all that torch runs on are.
+
+def pack_tiles(codes: Tensor, bits: int) -> Tensor:
+    """Lay out codes in tiles; bits is 8 or 4.
+
+    Args:
+        codes: int8[S * 16, T * 32], or uint8 below 16 for 4 bit.
+
+    Returns:
+        int8[S, T * 512], or uint8[S, T * 256].
     """
+    strips = len(codes) // STRIP
     if bits == 8:
-        return codes
-    pairs = functional.pad(codes, (0, codes.shape[1] % 2)).contiguous().view(torch.int16)  # c1 << 8 | c0
-    return (pairs | pairs >> 4).to(torch.uint8)  # the cast keeps the low byte
+        pairs = codes.contiguous().view(torch.int16).view(strips, STRIP, -1, 2)
+        tiles = torch.empty(strips, codes.shape[1] * STRIP, dtype=torch.int8, device=codes.device)
+        places = _pairs(tiles)
+        for output in range(STRIP):  # takes half as long as one permutation, whose innermost runs would be of four
+            places[:, :, output // 4, :, output % 4] = pairs[:, output]
+        return tiles
+    words = _nibbles_to_words(codes).view(strips, STRIP, -1)
+    return words.transpose(1, 2).contiguous().view(strips, -1).view(torch.uint8)
 
 
-def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Unpack uint8[rows, bytes] into uint8[rows, bytes * 8 / bits] codes; bits is 4 or 8."""
+def unpack_tiles(tiles: Tensor, bits: int) -> Tensor:
+    """Undo `pack_tiles`: the codes [S * 16, T * 32] of all strips, or of some that follow one another."""
+    strips = len(tiles)
     if bits == 8:
-        return packed
-    pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
-    return pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+        pairs = _pairs(tiles).permute(0, 2, 4, 1, 3).contiguous()
+        return pairs.view(strips * STRIP, -1).view(torch.int8)
+    words = tiles.view(torch.int32).view(strips, -1, STRIP).transpose(1, 2)
+    return _words_to_nibbles(words.reshape(strips * STRIP, -1))
+
+
+def unpack_rows(tiles: Tensor, rows: Tensor, bits: int) -> Tensor:
+    """Codes [n, T * 32] of the output rows int[n], without a look at others."""
+    strip, output = rows // STRIP, rows % STRIP
+    if bits == 8:
+        return _pairs(tiles)[strip, :, output // 4, :, output % 4].flatten(1).view(torch.int8)
+    words = tiles.view(torch.int32).view(len(tiles), -1, STRIP)
+    return _words_to_nibbles(words[strip, :, output])
+
+
+def to_strips(values: Tensor) -> Tensor:
+    """Bring values of groups [S * 16, G] into the order of scales: [S, G, 16]."""
+    return values.view(-1, STRIP, values.shape[1]).transpose(1, 2)
+
+
+def from_strips(values: Tensor) -> Tensor:
+    """Undo `to_strips`."""
+    return values.transpose(1, 2).flatten(0, 1)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Pack uint8[..., 2 n] below 16 into uint8[..., n], the first of two in the low bits."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Undo `pack_nibbles`."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def _pairs(tiles: Tensor) -> Tensor:
+    """8-bit tiles as pairs of columns: int16[strip, z, fours of outputs, pair, output of the four]."""
+    return tiles.view(torch.int16).view(len(tiles), -1, 4, 2, 4)
+
+
+def _nibbles_to_words(codes: Tensor) -> Tensor:
+    """Codes uint8[rows, 8 n] to int32[rows, n]."""
+    eights = codes.contiguous().view(torch.int64)
+    eights = eights | eights >> 12  # bytes 0, 1, 4, 5: codes 2:0, 3:1, 6:4, 7:5
+    low = (eights & 0xFF) | (eights >> 24 & 0xFF00)
+    high = (eights << 8 & 0xFF0000) | (eights >> 16 & 0xFF000000)
+    return (low | high).to(torch.int32)
+
+
+def _words_to_nibbles(words: Tensor) -> Tensor:
+    """Undo `_nibbles_to_words`; words of any strides."""
+    shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=words.device)
+    pairs = words[..., None] >> shifts & 0x000F000F
+    return (pairs | pairs >> 8).to(torch.int16).flatten(1).view(torch.uint8)  # the cast keeps the low half

@@ -20,16 +20,16 @@ from rich.table import Table
 from service import __version__
 from service.api.listener import open_port
 from service.errors import PennyweightError, SettingError
-from service.kernels.dispatch import KERNEL
+from service.kernels import dispatch
 from service.loading import memory
 from service.loading.control_group import ControlGroups
+from service.reports.hardware import cpu_name
 from service.reports.machine import ThreadLimits, thread_limits
 
 _LIBRARIES = ("transformers", "tokenizers", "huggingface_hub", "safetensors", "fastapi", "uvicorn", "pydantic")
 _COMPILERS = ("c++", "g++", "clang++")
 _DEMO_BYTES = 512 * 2**20
 """A service of the demo model holds up to 430 MB while it starts, most of it libraries, and then keys and values."""
-_WHY = {"torch": "this version has no kernels of its own; products run on torch's operations"}
 
 
 class Problem(NamedTuple):
@@ -77,7 +77,6 @@ def examine(settings: Mapping[str, Any], setting_errors: Sequence[str] = ()) -> 
     """Look at the machine and at the settings in force, which are empty if they are wrong."""
     limits = thread_limits()
     hub = _hub(settings)
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     devices = _devices()
     problems = [
         Problem("error", message, "correct it; `pennyweight serve --help` lists all settings")
@@ -85,21 +84,20 @@ def examine(settings: Mapping[str, Any], setting_errors: Sequence[str] = ()) -> 
     ]
     if settings:
         problems += _setting_problems(settings, limits, devices, hub)
-    if compiler is None:
-        problems.append(Problem("note", "there is no C++ compiler", "none is needed by this version"))
+    kernels = _kernels(settings.get("kernel_isa", "auto"), problems)
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         libraries={name: version(name) for name in _LIBRARIES},
         cpu={
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "architecture": platform.machine(),
             "physical_cores": limits.physical_cores,
             "logical_cpus": psutil.cpu_count(),
             "features": sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True),
         },
-        kernels={"in_use": KERNEL, "why": _WHY[KERNEL], "compiler": compiler},
+        kernels=kernels,
         threads=_threads(limits, settings.get("threads", "auto")),
         devices=devices,
         memory=_memory(),
@@ -135,6 +133,21 @@ def _rows(value: object) -> Iterator[tuple[str, str]]:
             yield from ((f"{number} {name}", text) for name, text in _rows(part))
     else:
         yield "", str(value)
+
+
+def _kernels(isa: str, problems: list[Problem]) -> dict[str, Any]:
+    """The kernels that a service would use for bfloat16 activations on the CPU; adds what is wrong with them."""
+    try:
+        choice = dispatch.choose(isa)
+    except SettingError as error:
+        problems.append(Problem("error", *_message_and_remedy(error)))
+        choice = dispatch.choose("auto")
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if obstacle := dispatch.obstacle("baseline"):
+        remedy = "install the package again" if compiler else "install g++ 11 or newer, then the package again"
+        problems.append(Problem("warning", f"{obstacle}; products run on torch's own operators, slower", remedy))
+    usable = [isa for isa in dispatch.ISAS if not dispatch.obstacle(isa)]
+    return {"in_use": choice.kernel, "why": choice.why, "usable": usable, "compiler": compiler}
 
 
 def _threads(limits: ThreadLimits, chosen: int | str) -> dict[str, Any]:
@@ -206,10 +219,3 @@ def _setting_problems(
 def _message_and_remedy(error: PennyweightError) -> tuple[str, str]:
     message, _, remedy = str(error).rpartition("; ")
     return message, remedy
-
-
-def _cpu_name() -> str:
-    """What Linux calls the processor; "" where it has no name for it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

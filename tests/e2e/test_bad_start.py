@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service.kernels import dispatch
 from tests.e2e.support import ROOT, TIMEOUT_S, clean_environment, ready, started
 from tests.hub import TOKEN, Hub, serve_hub
 
@@ -55,6 +56,13 @@ def test_limits_that_do_not_fit_end_the_start_with_2(arguments: list[str], messa
     with started(*arguments) as server:
         assert server.exit_code() == 2
     assert any(message in line for line in server.log), server.log
+
+
+@pytest.mark.skipif(not dispatch.obstacle("amx"), reason="this machine runs every kind of kernels")
+def test_kernels_that_the_machine_lacks_end_the_start_with_2() -> None:
+    with started(environment={"PENNYWEIGHT_KERNEL_ISA": "amx"}) as server:
+        assert server.exit_code() == 2
+    assert any("--kernel-isa amx: " in line and "; use auto" in line for line in server.log), server.log
 
 
 @pytest.fixture

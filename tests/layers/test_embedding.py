@@ -10,7 +10,7 @@ from service.layers.embedding import QuantizedEmbedding, TiedHead
 from service.numerics.encode import encode
 from service.numerics.schemes import parse_scheme
 
-SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym"]
+SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
 
 
 def filled(name: str, dtype: torch.dtype = torch.float32) -> QuantizedEmbedding:
@@ -38,8 +38,9 @@ def test_no_tokens_give_no_rows(name: str) -> None:
 
 
 def test_token_beyond_the_vocabulary_is_an_error() -> None:
-    with pytest.raises(IndexError, match="index 50 is out of bounds"):
-        filled("w8a16")(torch.tensor([50]))
+    for name in SCHEMES:  # ids 50 to 63 are padding of the last strip, and no tokens
+        with pytest.raises(IndexError, match="index 50 is out of bounds"):
+            filled(name)(torch.tensor([3, 50]))
 
 
 def test_attributes_are_those_of_an_embedding() -> None:

@@ -12,7 +12,7 @@ from service.layers.linear import PackedLinear, QuantizedLinear, W8A16Linear, qu
 from service.numerics.encode import decode, encode, storage_shapes
 from service.numerics.schemes import parse_scheme
 
-SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym"]
+SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
 
 
 def filled(name: str, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> QuantizedLinear:
@@ -46,6 +46,7 @@ def test_row_wise_8_bit_has_its_own_class_and_groups_are_packed() -> None:
     assert type(filled("w8a16")) is W8A16Linear
     assert type(filled("w8a16-g128")) is PackedLinear
     assert type(filled("w4a16-g64")) is PackedLinear
+    assert type(filled("nf4")) is PackedLinear
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -69,7 +70,9 @@ def test_forward_is_the_linear_of_the_dequantized_weight(name: str, bias: bool) 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_dequantize_decodes_the_buffers(name: str) -> None:
     layer = filled(name)
-    weight = decode(layer.qweight, layer.scales, layer.zero_points, scheme=layer.scheme, in_features=100)
+    buffers = layer.qweight, layer.scales, layer.zero_points
+    weight = decode(*buffers, scheme=layer.scheme, out_features=33, in_features=100)
+    assert weight.shape == (33, 100)
     assert weight.dtype == torch.float32
     assert torch.equal(layer.dequantize(), weight)
 

@@ -60,5 +60,6 @@ def round_weights(model: nn.Module, loaded: LoadedModel) -> None:
 
 def _rounded(weight: Tensor, scheme: QuantScheme, *, is_transposed: bool) -> Tensor:
     matrix = weight.t() if is_transposed else weight
-    decoded = decode(*encode(matrix, scheme)[:3], scheme=scheme, in_features=matrix.shape[1])
+    out_features, in_features = matrix.shape
+    decoded = decode(*encode(matrix, scheme)[:3], scheme=scheme, out_features=out_features, in_features=in_features)
     return decoded.t() if is_transposed else decoded

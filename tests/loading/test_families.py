@@ -118,6 +118,17 @@ def test_bytes_of_experts_are_those_of_their_buffers(family: str, recipe: str, c
     assert loaded.report.weight_bytes.codes == expected_codes
 
 
+@pytest.mark.parametrize("recipe", ["nf4", "fp4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_codebooks_reach_linears_and_experts(family: str, recipe: str, checkpoint: Written) -> None:
+    loaded, reference = load(checkpoint(family), recipe), stock(checkpoint(family))
+    schemes = {row.name.rpartition(".")[2]: row.scheme for row in loaded.report.layers}
+    assert {schemes[name] for name in ("q_proj", "gate_up_proj", "down_proj")} == {recipe}
+    round_weights(reference, loaded)
+    expected = logits(reference)
+    assert (logits(loaded.model) - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
 def test_experts_opt_out_one_by_one(checkpoint: Written) -> None:
     loaded = load(checkpoint("mixtral"), "w8a16,*.0.mlp.experts.*=none,*.1.mlp.experts.down_proj=w4a16-g32")
     reference = stock(checkpoint("mixtral"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.errors import QuantizationError
-from service.numerics.affine import dequantize, quantize
-from service.numerics.encode import CHUNK_WEIGHTS, EncodedWeight, decode, encode, storage_shapes
-from service.numerics.packing import unpack_bits
-from service.numerics.schemes import parse_scheme
+from service.numerics.affine import QuantizedWeight, dequantize, quantize
+from service.numerics.codebook import dequantize_levels, quantize_to_levels
+from service.numerics.encode import CHUNK_WEIGHTS, EncodedWeight, decode, decode_rows, encode, storage_shapes
+from service.numerics.schemes import QuantScheme, parse_scheme
+from tests.numerics.tiles import codes_of, group_values_of, padding_of, zero_points_of
 
-SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym"]
+SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
+SIZES = [(1, 1), (15, 33), (16, 32), (17, 96), (33, 100), (7, 576), (40, 15), (18, 4095)]
 
 
 def normal(rows: int, columns: int) -> Tensor:
@@ -37,27 +40,40 @@ def same_buffers(left: EncodedWeight, right: EncodedWeight) -> bool:
     return all(map(torch.equal, (*left[:2], left.zero_points), (*right[:2], right.zero_points)))
 
 
-@pytest.mark.parametrize("columns", [1, 96, 100, 576, 4095])
+def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+    return quantize_to_levels(weight, scheme) if scheme.codebook else quantize(weight, scheme)
+
+
+def meant(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """The weights that rounding stands for."""
+    quantized = rounded(weight, scheme)
+    if scheme.codebook:
+        return dequantize_levels(quantized.codes, quantized.scales, scheme)
+    return dequantize(*quantized, scheme.group_size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_buffers_hold_what_quantize_gives(name: str, columns: int) -> None:
+def test_buffers_hold_what_rounding_gives_and_padding_that_changes_nothing(name: str, size: tuple[int, int]) -> None:
     scheme = parse_scheme(name)
-    weight = normal(7, columns).bfloat16()
-    encoded = encode(weight, scheme)
-    codes, scales, zero_points = quantize(weight, scheme)
-    stored = encoded.qweight if scheme.bits == 8 else unpack_bits(encoded.qweight, 4)
-    assert torch.equal(stored[:, :columns], codes)
-    assert not stored[:, columns:].any()
-    assert torch.equal(encoded.scales, scales)
-    if zero_points is None:
-        assert encoded.zero_points is None
-    else:
-        assert encoded.zero_points is not None
-        assert torch.equal(unpack_bits(encoded.zero_points, 4)[:, : zero_points.shape[1]], zero_points)
+    weight = normal(*size).bfloat16()
+    qweight, scales, zero_points = encode(weight, scheme)[:3]
+    expected = rounded(weight, scheme)
+    assert np.array_equal(codes_of(qweight, *size, bits=scheme.bits), expected.codes.numpy())
+    assert not padding_of(qweight, *size, bits=scheme.bits).any()
+    stored_scales = group_values_of(scales, 16 * len(qweight))
+    assert np.array_equal(stored_scales[: size[0]], expected.scales.float().view(size[0], -1).numpy())
+    assert (stored_scales[size[0] :] == 1).all()
+    assert (zero_points is None) == (expected.zero_points is None)
+    if zero_points is not None and expected.zero_points is not None:
+        stored_points = zero_points_of(zero_points, 16 * len(qweight))
+        assert np.array_equal(stored_points[: size[0]], expected.zero_points.numpy())
+        assert not stored_points[size[0] :].any()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 300), chunk=st.integers(1, 4000))
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), chunk=st.integers(1, 12000))
 def test_chunks_do_not_change_a_bit(name: str, rows: int, columns: int, chunk: int) -> None:
     scheme = parse_scheme(name)
     weight = normal(rows, columns)
@@ -83,26 +99,40 @@ def test_a_transposed_view_encodes_like_its_copy(name: str, dtype: torch.dtype) 
     assert same_buffers(encode(view, parse_scheme(name)), encode(view.contiguous(), parse_scheme(name)))
 
 
-@pytest.mark.parametrize("columns", [1, 100, 576])
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_decode_gives_the_weights_that_quantize_meant(name: str, columns: int) -> None:
+def test_decode_gives_the_weights_that_rounding_meant(name: str, size: tuple[int, int]) -> None:
     scheme = parse_scheme(name)
-    weight = normal(5, columns)
-    encoded = encode(weight, scheme)
-    expected = dequantize(*quantize(weight, scheme), scheme.group_size)
-    assert torch.equal(decode(*encoded[:3], scheme=scheme, in_features=columns), expected)
-    rows = torch.tensor([4, 0, 4])
-    zero_points = None if encoded.zero_points is None else encoded.zero_points[rows]
-    some = decode(encoded.qweight[rows], encoded.scales[rows], zero_points, scheme=scheme, in_features=columns)
-    assert torch.equal(some, expected[rows])
+    weight = normal(*size)
+    encoded, expected = encode(weight, scheme), meant(weight, scheme)
+    assert torch.equal(decode(*encoded[:3], scheme=scheme, out_features=size[0], in_features=size[1]), expected)
+    rows = torch.tensor([size[0] - 1, 0, size[0] // 2, 0])
+    assert torch.equal(decode_rows(*encoded[:3], rows, scheme=scheme, in_features=size[1]), expected[rows])
+    assert decode_rows(*encoded[:3], rows[:0], scheme=scheme, in_features=size[1]).shape == (0, size[1])
 
 
-@pytest.mark.parametrize("columns", [1, 96, 100, 576, 4095])
-@pytest.mark.parametrize("name", SCHEMES)
-def test_planned_shapes_and_bytes_are_those_of_the_buffers(name: str, columns: int) -> None:
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "w8a16"])
+def test_a_run_of_strips_decodes_by_itself(name: str) -> None:
     scheme = parse_scheme(name)
-    shapes = storage_shapes(7, columns, scheme)
-    encoded = encode(normal(7, columns), scheme)
+    weight = normal(50, 100)
+    qweight, scales, zero_points = encode(weight, scheme)[:3]
+    run = decode(
+        qweight[1:3],
+        scales[1:3],
+        None if zero_points is None else zero_points[1:3],
+        scheme=scheme,
+        out_features=20,
+        in_features=100,
+    )
+    assert torch.equal(run, meant(weight, scheme)[16:36])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_planned_shapes_and_bytes_are_those_of_the_buffers(name: str, size: tuple[int, int]) -> None:
+    scheme = parse_scheme(name)
+    shapes = storage_shapes(*size, scheme)
+    encoded = encode(normal(*size), scheme)
     for planned, buffer in zip(shapes, encoded[:3], strict=True):
         assert (planned is None) == (buffer is None)
         assert planned is None or buffer is None or (tuple(buffer.shape), buffer.dtype) == planned
@@ -112,10 +142,24 @@ def test_planned_shapes_and_bytes_are_those_of_the_buffers(name: str, columns: i
     )
 
 
-def test_bytes_of_a_real_matrix_equal_a_hand_count() -> None:
-    row, group = storage_shapes(1536, 576, parse_scheme("w8a16")), storage_shapes(1536, 576, parse_scheme("w4a16-g64"))
-    assert (row.codes_bytes, row.scales_bytes) == (1536 * 576, 1536 * 4)
-    assert (group.codes_bytes, group.scales_bytes) == (1536 * 288, 1536 * (9 * 2 + 5))
+@pytest.mark.parametrize(
+    ("name", "codes_bytes", "scales_bytes"),
+    [
+        ("w8a16", 1536 * 576, 1536 * 4),
+        ("w8a16-g64", 1536 * 576, 1536 * 9 * 2),
+        ("w4a16-g64", 1536 * 288, 1536 * 9 * 2 + 1536 * 9 // 2),
+        ("w4a16-g64-sym", 1536 * 288, 1536 * 9 * 2),
+        ("nf4", 1536 * 288, 1536 * 9 * 4),
+    ],
+)
+def test_bytes_of_a_real_matrix_equal_a_hand_count(name: str, codes_bytes: int, scales_bytes: int) -> None:
+    shapes = storage_shapes(1536, 576, parse_scheme(name))
+    assert (shapes.codes_bytes, shapes.scales_bytes) == (codes_bytes, scales_bytes)
+
+
+def test_bytes_of_an_odd_matrix_include_its_padding() -> None:
+    shapes = storage_shapes(17, 33, parse_scheme("w4a16-g32"))
+    assert (shapes.codes_bytes, shapes.scales_bytes) == (32 * 64 // 2, 32 * 2 * 2 + 32 * 2 // 2)
 
 
 @pytest.mark.parametrize("magnitude", [1, 1e-25, 1e25])
@@ -124,21 +168,23 @@ def test_signal_and_noise_are_the_sums_of_squares(name: str, magnitude: float) -
     scheme = parse_scheme(name)
     weight = normal(64, 300).mul(magnitude)
     encoded = encode(weight, scheme)
-    error = decode(*encoded[:3], scheme=scheme, in_features=300).double() - weight.double()
+    error = decode(*encoded[:3], scheme=scheme, out_features=64, in_features=300).double() - weight.double()
     assert encoded.signal == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
     assert encoded.noise == pytest.approx(float(error.square().sum()), rel=1e-5)
 
 
-def test_zero_weight_has_no_signal_and_no_noise() -> None:
-    encoded = encode(torch.zeros(4, 100), parse_scheme("w4a16"))
+@pytest.mark.parametrize("name", SCHEMES)
+def test_zero_weight_has_no_signal_and_no_noise(name: str) -> None:
+    encoded = encode(torch.zeros(4, 100), parse_scheme(name))
     assert (encoded.signal, encoded.noise) == (0, 0)
 
 
-def test_nan_in_the_last_chunk_is_refused() -> None:
+@pytest.mark.parametrize("name", SCHEMES)
+def test_nan_in_the_last_chunk_is_refused(name: str) -> None:
     weight = normal(3, CHUNK_WEIGHTS // 2)
     weight[2, -1] = float("nan")
     with pytest.raises(QuantizationError, match="holds NaN or infinity"):
-        encode(weight, parse_scheme("w8a16"))
+        encode(weight, parse_scheme(name))
 
 
 def test_a_vector_is_refused() -> None:

@@ -38,6 +38,14 @@ def test_canonical_name_reads_back_to_the_same_scheme(group_size: int, symmetric
     assert parse_scheme(scheme.name) == scheme
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_a_codebook_has_groups_of_64_and_no_zero_points(name: str) -> None:
+    scheme = parse_scheme(f"{name}+rtn")
+    assert scheme == parse_scheme(name)
+    assert (scheme.name, scheme.codebook) == (name, name)
+    assert (scheme.bits, scheme.group_size, scheme.symmetric, scheme.is_none) == (4, 64, True, False)
+
+
 def test_only_none_is_none() -> None:
     assert NONE.is_none
     assert not W8A16.is_none
@@ -47,7 +55,18 @@ def test_only_none_is_none() -> None:
     "text",
     [
         *("w2a16", "w3a16-g64", "w5a16", "w6a16-g32-asym", "w8a16-asym", "w8a16-g64-asym", "w8a16-tensor", "w4a16-row"),
-        *("w4a16-float", "w4a16-g64+mse", "w4a16+hqq", "w8a16+gptq", "nf4", "nf4-dq", "fp8", "q4_0", "q4_k", "q5_k_m"),
+        *(
+            "w4a16-float",
+            "w4a16-g64+mse",
+            "w4a16+hqq",
+            "w8a16+gptq",
+            "nf4-dq",
+            "nf4+hqq",
+            "fp8",
+            "q4_0",
+            "q4_k",
+            "q5_k_m",
+        ),
         *("auto:4.5bpw", "auto:700MiB", "auto:3GB"),
     ],
 )
@@ -69,6 +88,8 @@ def test_scheme_of_the_grammar_that_is_not_built_says_so_and_lists_what_is(text:
             "w8a16-sym-row",
             "w8a16-sym-asym",
             "nf4+best",
+            "nf4-g32",
+            "fp4-sym",
             "auto:",
             "auto",
         ),

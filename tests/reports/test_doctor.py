@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 
 from service import __version__
+from service.kernels import dispatch, native
 from service.reports.doctor import Diagnosis, Problem, examine, print_diagnosis
 from service.settings import Settings
 
@@ -39,7 +41,8 @@ def test_facts_are_those_of_this_machine() -> None:
     assert 0 < found["memory"]["available_bytes"] <= found["memory"]["total_bytes"]
     assert found["cpu"]["logical_cpus"] == os.cpu_count()
     assert ("avx2" in found["cpu"]["features"]) == torch.cpu._is_avx2_supported()
-    assert found["kernels"]["in_use"] == "torch"
+    assert found["kernels"]["in_use"] == dispatch.choose("auto").kernel
+    assert found["kernels"]["usable"][0] == "torch"
     assert len(found["devices"]) == torch.cuda.device_count()
     assert found["threads"]["in_use"] <= len(os.sched_getaffinity(0))
 
@@ -97,12 +100,52 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
     assert _problem(_examine(device="cuda"), "--device cuda").severity == "error"
 
 
-def test_a_missing_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_those_of_the_setting_with_the_reason() -> None:
+    selected = dispatch.kernel_name()
+    kernels = _examine(kernel_isa="torch").kernels
+    assert (kernels["in_use"], kernels["why"]) == ("torch", "--kernel-isa says so")
+    assert dispatch.kernel_name() == selected
+
+
+@pytest.mark.parametrize("isa", [isa for isa in dispatch.ISAS if dispatch.obstacle(isa)])
+def test_kernels_that_the_machine_lacks_are_an_error_with_the_others(isa: str) -> None:
+    found = _examine(kernel_isa=isa)
+    problem = _problem(found, f"--kernel-isa {isa}: {dispatch.obstacle(isa)}")
+    assert (problem.severity, found.exit_code) == ("error", 1)
+    usable = found.kernels["usable"]
+    assert problem.remedy == f"use {', '.join(['auto', *usable[:-1]])} or {usable[-1]}"
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Look for the kernel library where it is not."""
+    monkeypatch.setattr(native, "PATH", tmp_path / "library.so")
+    native.load.cache_clear()
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_missing_kernel_library_is_a_warning() -> None:
+    found = _examine()
+    problem = _problem(found, "the kernel library is not installed")
+    assert (problem.severity, found.exit_code) == ("warning", 0)
+    assert found.kernels["in_use"] == "torch"
+    assert found.kernels["why"] in problem.message
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_missing_compiler_is_part_of_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     found = _examine()
     assert found.kernels["compiler"] is None
-    assert _problem(found, "compiler").severity == "note"
-    assert found.exit_code == 0
+    assert "install g++" in _problem(found, "the kernel library is not installed").remedy
+
+
+@pytest.mark.skipif(native.load().library is None, reason="there is no kernel library")
+def test_with_the_kernel_library_a_missing_compiler_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert not [problem for problem in _examine().problems if "compiler" in problem.message + problem.remedy]
 
 
 def test_a_token_is_told_by_its_source_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

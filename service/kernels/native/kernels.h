@@ -1,0 +1,102 @@
+// The C interface of the kernel library: plain structs, integer results, no allocation that a caller must free.
+//
+// A weight [out, in] lies in strips of 16 output rows; a strip is a run of tiles of 32 input columns, and both sizes
+// are padded with zero codes. Inside a tile, "row" r = 0..15 holds the input columns 2r and 2r+1 of the 16 outputs as
+// 32 lanes, lane = 2 * (output % 16) + (column & 1): the order in which AVX512-BF16 and AMX multiply pairs.
+//
+//   8 bit  512 bytes: 8 vectors z of 64 bytes; vector z holds rows 2z and 2z+1, in turns of 8 lanes:
+//          lane l of row 2z + h is byte 64 z + 16 (l / 8) + 8 h + l % 8
+//   4 bit  256 bytes: 4 vectors z of 32 little-endian 16-bit words;
+//          lane l of row 4z + j is bits 4j .. 4j+3 of word l of vector z
+//
+// Scales and zero points of a strip lie group by group, 16 outputs side by side; zero points are nibbles, the lower
+// output in the low bits.
+#pragma once
+#include <stdint.h>
+
+#define PW_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pw_format { PW_INT8 = 0, PW_TABLE4 = 1, PW_BF16 = 2 };
+enum pw_scale_type { PW_SCALE_F32 = 0, PW_SCALE_BF16 = 1 };
+enum pw_dtype { PW_FLOAT32 = 0, PW_BFLOAT16 = 1, PW_FLOAT16 = 2 };
+enum pw_regime { PW_AUTO = 0, PW_FEW = 1, PW_PANEL = 2 };
+enum pw_status { PW_OK = 0, PW_BAD_ARGUMENT = 1, PW_NO_MEMORY = 2, PW_NO_THREADS = 3, PW_NOT_FINITE = 4 };
+
+// S = strips = ceil(out / 16), T = tiles = ceil(in / 32), G = groups = ceil(in / group_size), or 1 for whole rows.
+typedef struct pw_weight {
+    const void *qweight;          // PW_INT8: int8[S][T * 512]; PW_TABLE4: uint8[S][T * 256]; PW_BF16: bf16[out][in]
+    const void *scales;           // whole rows: [S * 16]; groups: [S][G][16]; PW_BF16: null
+    const uint8_t *zero_points;   // [S][G][8], or null; not for whole rows
+    const uint16_t *levels;       // PW_TABLE4: bf16[16], what the codes stand for; else null
+    int64_t out_features, in_features;
+    int64_t group_size;           // a multiple of 16, or 0 for whole rows
+    int32_t format, scale_type;
+} pw_weight;
+
+// y[rows][out] = x[rows][in] W^T + bias, bfloat16 with strides in elements; bias: bf16[out] or null.
+// w = (level - zero_point) * scale; sums in float32, scales applied to the sums of a group (PW_FEW) or, for groups
+// and many rows, to the weights, which are then rounded to bfloat16 (PW_PANEL). Whole-row scales: always to the sums.
+// Any number of threads may call it at once.
+PW_EXPORT int pw_linear(const pw_weight *weight, const uint16_t *x, int64_t rows, int64_t x_stride, uint16_t *y,
+                        int64_t y_stride, const uint16_t *bias, int32_t regime);
+
+// The same with its arguments in a row: what a caller from Python makes quickest.
+typedef struct pw_linear_call {
+    const pw_weight *weight;
+    const uint16_t *x;
+    int64_t rows, x_stride;
+    uint16_t *y;
+    int64_t y_stride;
+    const uint16_t *bias;
+    int64_t regime;
+} pw_linear_call;
+PW_EXPORT int pw_linear_packed(const pw_linear_call *call);
+
+// 16 levels in ascending order and the code of each: a number gets level i if `bounds[i - 1] < number <= bounds[i]`.
+typedef struct pw_codebook {
+    float bounds[15], levels[16];
+    uint8_t codes[16];
+} pw_codebook;
+
+// Unquantized weights [out, in], row_stride elements from one row to the next.
+typedef struct pw_source {
+    const void *weights;
+    int64_t row_stride;
+    const pw_codebook *codebook;  // of NF4 and FP4; else null
+    int32_t dtype;
+} pw_source;
+
+// Rounds and packs weights into the buffers of `weight`, which are written in spite of const: qweight, scales and, if
+// not null, zero_points; `levels` is not looked at. PW_TABLE4 without zero points and codebook: codes are i - 8.
+// signal: sum of squares of the weights; noise: of their errors; the same for any number of threads.
+// PW_NOT_FINITE: the weights hold NaN or infinity; what the buffers then hold means nothing.
+PW_EXPORT int pw_encode(const pw_weight *weight, const pw_source *source, double *signal, double *noise);
+
+// Sum of the 64-bit words of `bytes` bytes, a multiple of 8, modulo 2^64, read by all threads.
+PW_EXPORT int pw_read(const void *data, int64_t bytes, uint64_t *sum);
+
+// The thread pool to run on: a `parallel_for` that calls the body with ranges that together are [begin, end), each on
+// some thread, and returns 0; and how many threads it has for the caller. Null: the caller does all work itself.
+typedef void (*pw_body)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*pw_parallel_for)(int64_t begin, int64_t end, int64_t grain_size, pw_body body, void *context);
+typedef int32_t (*pw_get_num_threads)(uint32_t *count);
+PW_EXPORT void pw_init(pw_parallel_for parallel_for, pw_get_num_threads get_num_threads);
+
+// Instruction sets: their names, best first and a space between; why this machine cannot run one, "" if it can, null if
+// it is not built in; the one to use from now on in all threads; and the one in use, at first the best there is.
+PW_EXPORT const char *pw_isas(void);
+PW_EXPORT const char *pw_isa_obstacle(const char *name);
+PW_EXPORT int pw_select(const char *name);
+PW_EXPORT const char *pw_selected(void);
+
+// Changes whenever this file does, so that a library and its caller are not of different versions.
+#define PW_VERSION 1
+PW_EXPORT int pw_version(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,283 @@
+// The exported functions: which instruction set is used, and how products and encodings are shared by threads.
+#include "cpu.h"
+#include "pool.h"
+#include "table.h"
+
+#include <string.h>
+
+namespace {
+
+constexpr int64_t kStripRows = 16, kTileColumns = 32;
+constexpr int64_t kMaxSize = (int64_t)1 << 40;    // of a dimension or a stride, so that products of three fit
+constexpr int64_t kAloneBytes = 64 << 10;         // below it waking another thread costs more than it saves
+constexpr int64_t kChunkBytes = 32 << 10;         // the least that a worker takes at a time
+constexpr int64_t kReadChunkBytes = 1 << 20;
+constexpr int64_t kChunksPerWorker = 4;           // so that one that was held up leaves little to wait for
+constexpr int64_t kRowsOfOneRead = 4;             // rows that cost no more than reading the weights does
+
+struct Isa {
+    const char *name;
+    const pw_kernels *(*kernels)();
+    const char *(*obstacle)();
+};
+
+const char *no_obstacle() { return ""; }
+
+constexpr Isa kIsas[] = {
+#if defined(PW_HAS_AMX)
+    {"amx", pw_kernels_amx, amx_obstacle},
+#endif
+#if defined(PW_HAS_AVX512)
+    {"avx512", pw_kernels_avx512, avx512_obstacle},
+#endif
+#if defined(PW_HAS_AVX2)
+    {"avx2", pw_kernels_avx2, avx2_obstacle},
+#endif
+    {"baseline", pw_kernels_baseline, no_obstacle},
+};
+
+constexpr char kNames[] =
+#if defined(PW_HAS_AMX)
+    "amx "
+#endif
+#if defined(PW_HAS_AVX512)
+    "avx512 "
+#endif
+#if defined(PW_HAS_AVX2)
+    "avx2 "
+#endif
+    "baseline";
+
+Pool pool;
+std::atomic<const Isa *> selected{nullptr};
+
+const Isa *find_isa(const char *name) {
+    for (const Isa &isa : kIsas)
+        if (name && strcmp(isa.name, name) == 0) return &isa;
+    return nullptr;
+}
+
+const Isa *selected_isa() {
+    const Isa *isa = selected.load(std::memory_order_acquire);
+    if (isa) return isa;
+    isa = kIsas;
+    while (*isa->obstacle()) ++isa;  // the last has none
+    isa->kernels();  // makes the table, before other threads see it
+    const Isa *expected = nullptr;
+    return selected.compare_exchange_strong(expected, isa) ? isa : expected;
+}
+
+struct LinearJob {
+    const pw_kernels *kernels;
+    pw_linear_task task;
+    int64_t strips;
+    size_t scratch_bytes;
+    Pieces packs, chunks;
+
+    // Where a chunk begins: at an even strip, because panels hold two.
+    int64_t first_strip(int64_t chunk) const {
+        return chunk == chunks.count ? strips : strips * chunk / chunks.count / 2 * 2;
+    }
+};
+
+void pack_pieces(int64_t, int64_t, void *context) {
+    LinearJob &job = *(LinearJob *)context;
+    for (int64_t piece; job.packs.take(&piece);) job.kernels->pack(&job.task, piece, piece + 1);
+}
+
+void multiply_chunks(int64_t, int64_t, void *context) {
+    LinearJob &job = *(LinearJob *)context;
+    void *scratch = job.scratch_bytes ? thread_buffer(kScratch, job.scratch_bytes) : nullptr;
+    if (job.scratch_bytes && !scratch) return;  // other workers may have memory; what is left over is found at the end
+    for (int64_t chunk; job.chunks.take(&chunk);) {
+        const int64_t begin = job.first_strip(chunk), end = job.first_strip(chunk + 1);
+        job.kernels->multiply(&job.task, begin, end, scratch);
+    }
+}
+
+int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
+
+// Bytes of the codes of one strip.
+int64_t strip_bytes(const pw_weight &w) {
+    const int64_t columns = (w.in_features + kTileColumns - 1) / kTileColumns * kTileColumns;
+    return kStripRows * (w.format == PW_BF16 ? 2 * w.in_features : w.format == PW_INT8 ? columns : columns / 2);
+}
+
+int run_linear(LinearJob &job) {
+    const pw_weight &weight = *job.task.weight;
+    const int64_t reads = job.task.rows / kRowsOfOneRead > 1 ? job.task.rows / kRowsOfOneRead : 1;
+    const int64_t work = strip_bytes(weight) * job.strips * reads;
+    const int64_t threads = work < kAloneBytes ? 1 : pool.num_threads();
+    job.chunks.count = threads == 1 ? 1 : clamp(clamp(work / kChunkBytes, threads, kChunksPerWorker * threads), 1, job.strips);
+    const size_t packed_bytes = job.kernels->packed_bytes(&job.task);
+    if (packed_bytes) {
+        job.task.packed_x = thread_buffer(kPackedX, packed_bytes);
+        if (!job.task.packed_x) return PW_NO_MEMORY;
+        job.packs.count = job.kernels->pack_pieces(&job.task);
+        const bool alone = threads == 1 || (int64_t)packed_bytes < kAloneBytes;
+        const int status = pool.run(alone ? 1 : clamp(job.packs.count, 1, threads), pack_pieces, &job);
+        if (status != PW_OK) return status;
+    }
+    job.scratch_bytes = job.kernels->scratch_bytes(&job.task);
+    const int status = pool.run(clamp(job.chunks.count, 1, threads), multiply_chunks, &job);
+    if (status != PW_OK) return status;
+    return job.chunks.all_taken() ? PW_OK : PW_NO_MEMORY;
+}
+
+bool is_size(int64_t value) { return value > 0 && value <= kMaxSize; }
+
+bool is_valid(const pw_weight *w) {
+    if (!w || !w->qweight || !is_size(w->out_features) || !is_size(w->in_features)) return false;
+    if (w->format == PW_BF16) return !w->scales && !w->zero_points && !w->levels && !w->group_size;
+    if (w->format != PW_INT8 && w->format != PW_TABLE4) return false;
+    if (w->scale_type != PW_SCALE_F32 && w->scale_type != PW_SCALE_BF16) return false;
+    if (w->group_size < 0 || w->group_size > kMaxSize || w->group_size % 16 != 0) return false;
+    if (w->zero_points && !w->group_size) return false;
+    return w->scales && (w->format == PW_TABLE4) == (w->levels != nullptr);
+}
+
+struct ReadJob {
+    const pw_kernels *kernels;
+    const char *data;
+    int64_t bytes;
+    Pieces chunks;
+    std::atomic<uint64_t> sum{0};
+};
+
+void read_chunks(int64_t, int64_t, void *context) {
+    ReadJob &job = *(ReadJob *)context;
+    uint64_t sum = 0;
+    for (int64_t chunk; job.chunks.take(&chunk);) {
+        const int64_t begin = chunk * kReadChunkBytes, left = job.bytes - begin;
+        sum += job.kernels->read(job.data + begin, left < kReadChunkBytes ? left : kReadChunkBytes);
+    }
+    job.sum.fetch_add(sum, std::memory_order_relaxed);
+}
+
+struct EncodeJob {
+    const pw_kernels *kernels;
+    pw_encode_task task;
+    int64_t strips;
+    size_t scratch_bytes;
+    Pieces chunks;
+};
+
+void encode_chunks(int64_t, int64_t, void *context) {
+    EncodeJob &job = *(EncodeJob *)context;
+    void *scratch = thread_buffer(kScratch, job.scratch_bytes);
+    if (!scratch) return;  // as in multiply_chunks
+    for (int64_t chunk; job.chunks.take(&chunk);) {
+        const int64_t begin = job.strips * chunk / job.chunks.count, end = job.strips * (chunk + 1) / job.chunks.count;
+        job.kernels->encode_strips(&job.task, begin, end, scratch);
+    }
+}
+
+// Adds up in order of the strips, whatever thread encoded them.
+int run_encode(EncodeJob &job, double *signal, double *noise) {
+    const int64_t work = strip_bytes(*job.task.weight) * job.strips;
+    const int64_t threads = work < kAloneBytes ? 1 : pool.num_threads();
+    job.chunks.count = threads == 1 ? 1 : clamp(work / kChunkBytes, 1, job.strips);
+    const int status = pool.run(clamp(job.chunks.count, 1, threads), encode_chunks, &job);
+    if (status != PW_OK) return status;
+    if (!job.chunks.all_taken()) return PW_NO_MEMORY;
+    *signal = *noise = 0;
+    for (int64_t strip = 0; strip < job.strips; ++strip) {
+        *signal += job.task.sums[strip][0];
+        *noise += job.task.sums[strip][1];
+    }
+    return __builtin_isfinite(*signal) ? PW_OK : PW_NOT_FINITE;
+}
+
+bool is_encodable(const pw_weight *w, const pw_source *source) {
+    if (!w || !source || !w->qweight || !w->scales || !source->weights) return false;
+    if (!is_size(w->out_features) || !is_size(w->in_features) || source->row_stride > kMaxSize) return false;
+    if (w->out_features > 1 && source->row_stride < w->in_features) return false;
+    if (source->dtype < PW_FLOAT32 || source->dtype > PW_FLOAT16) return false;
+    if (w->scale_type != PW_SCALE_F32 && w->scale_type != PW_SCALE_BF16) return false;
+    if (w->group_size < 0 || w->group_size > kMaxSize || w->group_size % 16 != 0) return false;
+    if (w->format == PW_INT8) return !w->zero_points && !source->codebook;
+    if (source->codebook && (w->zero_points || w->scale_type != PW_SCALE_F32)) return false;
+    return w->format == PW_TABLE4;
+}
+
+}  // namespace
+
+extern "C" {
+
+int pw_linear(const pw_weight *weight, const uint16_t *x, int64_t rows, int64_t x_stride, uint16_t *y, int64_t y_stride,
+              const uint16_t *bias, int32_t regime) {
+    if (rows == 0) return PW_OK;
+    if (!is_valid(weight) || !x || !y || !is_size(rows) || regime < PW_AUTO || regime > PW_PANEL) return PW_BAD_ARGUMENT;
+    if (rows > 1 && (x_stride < weight->in_features || y_stride < weight->out_features)) return PW_BAD_ARGUMENT;
+    if (x_stride > kMaxSize || y_stride > kMaxSize) return PW_BAD_ARGUMENT;
+    LinearJob job{};
+    job.kernels = selected_isa()->kernels();
+    job.task.weight = weight;
+    job.task.x = x;
+    job.task.rows = rows;
+    job.task.x_stride = x_stride;
+    job.task.y = y;
+    job.task.y_stride = y_stride;
+    job.task.bias = bias;
+    job.task.regime = regime;
+    job.strips = (weight->out_features + kStripRows - 1) / kStripRows;
+    return run_linear(job);
+}
+
+int pw_linear_packed(const pw_linear_call *call) {
+    return pw_linear(call->weight, call->x, call->rows, call->x_stride, call->y, call->y_stride, call->bias,
+                     (int32_t)call->regime);
+}
+
+int pw_encode(const pw_weight *weight, const pw_source *source, double *signal, double *noise) {
+    if (!is_encodable(weight, source) || !signal || !noise) return PW_BAD_ARGUMENT;
+    EncodeJob job{};
+    job.kernels = selected_isa()->kernels();
+    job.task.weight = weight;
+    job.task.source = source;
+    job.strips = (weight->out_features + kStripRows - 1) / kStripRows;
+    job.scratch_bytes = job.kernels->encode_scratch_bytes(&job.task);
+    job.task.sums = (double (*)[2])malloc((size_t)job.strips * sizeof *job.task.sums);
+    if (!job.task.sums) return PW_NO_MEMORY;
+    const int status = run_encode(job, signal, noise);
+    free(job.task.sums);
+    return status;
+}
+
+int pw_read(const void *data, int64_t bytes, uint64_t *sum) {
+    if ((!data && bytes) || !sum || bytes < 0 || bytes % 8 != 0) return PW_BAD_ARGUMENT;
+    ReadJob job{};
+    job.kernels = selected_isa()->kernels();
+    job.data = (const char *)data;
+    job.bytes = bytes;
+    job.chunks.count = (bytes + kReadChunkBytes - 1) / kReadChunkBytes;
+    const int status = pool.run(clamp(job.chunks.count, 1, pool.num_threads()), read_chunks, &job);
+    *sum = job.sum.load();
+    return status;
+}
+
+void pw_init(pw_parallel_for parallel_for, pw_get_num_threads get_num_threads) {
+    pool.parallel_for.store(parallel_for, std::memory_order_release);
+    pool.get_num_threads.store(get_num_threads, std::memory_order_release);
+}
+
+const char *pw_isas(void) { return kNames; }
+
+const char *pw_isa_obstacle(const char *name) {
+    const Isa *isa = find_isa(name);
+    return isa ? isa->obstacle() : nullptr;
+}
+
+int pw_select(const char *name) {
+    const Isa *isa = find_isa(name);
+    if (!isa || *isa->obstacle()) return PW_BAD_ARGUMENT;
+    isa->kernels();
+    selected.store(isa, std::memory_order_release);
+    return PW_OK;
+}
+
+const char *pw_selected(void) { return selected_isa()->name; }
+
+int pw_version(void) { return PW_VERSION; }
+
+}  // extern "C"

@@ -1,0 +1,53 @@
+// What each instruction set provides to library.cpp, and the task that workers share. Internal.
+#pragma once
+#include "kernels.h"
+
+#include <stddef.h>
+
+// A product in progress; any number of workers multiply strips of it.
+struct pw_linear_task {
+    const pw_weight *weight;
+    const uint16_t *x;
+    int64_t rows, x_stride;
+    uint16_t *y;
+    int64_t y_stride;
+    const uint16_t *bias;
+    int32_t regime;
+    void *packed_x;  // filled by pack, read by multiply
+};
+
+// An encoding in progress: the squares of strip i and of its errors are summed in sums[i].
+struct pw_encode_task {
+    const pw_weight *weight;
+    const pw_source *source;
+    double (*sums)[2];
+};
+
+struct pw_kernels {
+    const char *name;
+    // Bytes that packing the activations takes, 0 if they are used where they lie.
+    size_t (*packed_bytes)(const pw_linear_task *task);
+    // Into how many pieces their packing falls, and the packing of pieces [begin, end).
+    int64_t (*pack_pieces)(const pw_linear_task *task);
+    void (*pack)(const pw_linear_task *task, int64_t begin, int64_t end);
+    // Bytes of scratch that each worker needs for multiply.
+    size_t (*scratch_bytes)(const pw_linear_task *task);
+    // Multiplies strips [begin, end); `scratch` is 64-byte aligned and of one worker.
+    void (*multiply)(const pw_linear_task *task, int64_t begin, int64_t end, void *scratch);
+    // Sums 64-bit words at memory speed: the yardstick of the benchmark. bytes is a multiple of 8.
+    uint64_t (*read)(const void *data, int64_t bytes);
+    // Encodes strips [begin, end), with scratch of its own for each worker.
+    size_t (*encode_scratch_bytes)(const pw_encode_task *task);
+    void (*encode_strips)(const pw_encode_task *task, int64_t begin, int64_t end, void *scratch);
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+const pw_kernels *pw_kernels_baseline(void);
+const pw_kernels *pw_kernels_avx2(void);
+const pw_kernels *pw_kernels_avx512(void);
+const pw_kernels *pw_kernels_amx(void);
+#ifdef __cplusplus
+}
+#endif
