@@ -24,6 +24,8 @@ ISAS: Final = ("torch", "baseline", "avx2", "avx512", "amx")
 
 _TORCH: Final = "torch"
 _BFLOAT16: Final = torch.bfloat16
+_DTYPES: Final = (_BFLOAT16, torch.float32)  # of activations that the library takes
+_FLOAT32_ISAS: Final = ("baseline", "avx2")  # of its kernels for float32, best last
 _MAX_WEIGHTS: Final = 1 << 16  # that are kept described, some 300 bytes each
 
 
@@ -113,8 +115,12 @@ def select_isa(name: str) -> None:
 
 def kernel_name(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
     """Name of the kernels that activations on such a device and of such a dtype meet."""
-    is_native = device == "cpu" and dtype == torch.bfloat16
-    return _kernels.choice.kernel if is_native else _TORCH
+    choice = _kernels.choice
+    if choice.isa == _TORCH or device != "cpu" or dtype not in _DTYPES:
+        return _TORCH
+    if dtype == torch.float32 and choice.isa not in _FLOAT32_ISAS:
+        choice = Choice([isa for isa in _FLOAT32_ISAS if not obstacle(isa)][-1], choice.why)
+    return choice.kernel
 
 
 def linear(
@@ -139,9 +145,9 @@ def linear(
     library = _kernels.library
     if (
         library is None
-        or x.dtype is not _BFLOAT16
+        or x.dtype not in _DTYPES
         or not x.is_cpu
-        or (bias is not None and not (bias.dtype is _BFLOAT16 and bias.is_contiguous()))
+        or (bias is not None and not (bias.dtype is x.dtype and bias.is_contiguous()))
     ):
         return _torch_linear(x, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias)
     in_features = x.shape[-1]

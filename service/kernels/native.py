@@ -24,10 +24,11 @@ from service.numerics.schemes import QuantScheme
 PATH: Final = Path(__file__).with_name("libpennyweight_kernels.so")
 """Where pip puts the library."""
 
-_VERSION: Final = 1  # PW_VERSION of native/kernels.h
+_VERSION: Final = 2  # PW_VERSION of native/kernels.h
 _INT8, _TABLE4, _BF16 = range(3)  # enum pw_format
 _FLOAT32_SCALES, _BFLOAT16_SCALES = range(2)  # enum pw_scale_type
 _NO_MEMORY, _NOT_FINITE = 2, 4  # enum pw_status
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum pw_dtype
 _ROWS_OF_ONE_READ: Final = 4  # up to which a product takes about as long as reading the weight
 _SHORT_BYTES: Final = 2 << 20  # of weights to read, about 100 us on a desktop
 
@@ -48,7 +49,7 @@ class _Weight(ctypes.Structure):
     )
 
 
-_call_bytes = Struct("8q").pack  # `pw_linear_call` of native/kernels.h
+_call_bytes = Struct("9q").pack  # `pw_linear_call` of native/kernels.h
 
 
 class NativeWeight:
@@ -157,11 +158,11 @@ class Library:
         """Compute x @ W.T + bias.
 
         Args:
-            x: bfloat16[..., in] on the CPU.
-            bias: bfloat16[out] or None, contiguous.
+            x: bfloat16[..., in] or, with a packed weight, float32[..., in], on the CPU.
+            bias: [out] of x's dtype and contiguous, or None.
 
         Returns:
-            bfloat16[..., out], the same for any number of threads.
+            [..., out] of x's dtype, the same for any number of threads.
         """
         *leading, row_stride = x.shape
         rows = x.numel() // row_stride
@@ -179,6 +180,7 @@ class Library:
             weight.out_features,
             0 if bias is None else bias.data_ptr(),
             0,
+            _DTYPES[x.dtype],
         )
         status = (self._short_linear if rows <= weight.short_rows else self._long_linear)(call)
         if status:
@@ -231,9 +233,9 @@ def load() -> Loaded:
 
 
 @cache
-def _levels(scheme: QuantScheme) -> ctypes.Array[ctypes.c_uint16]:
-    """What 4-bit codes stand for: bfloat16[16]."""
-    return (ctypes.c_uint16 * 16)(*levels(scheme).bfloat16().view(torch.uint16).tolist())
+def _levels(scheme: QuantScheme) -> ctypes.Array[ctypes.c_float]:
+    """What 4-bit codes stand for: float32[16]."""
+    return (ctypes.c_float * 16)(*levels(scheme).tolist())
 
 
 def _raise(status: int) -> None:

@@ -53,7 +53,13 @@ class QuantizedModule(nn.Module):
         )
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x @ W.T + bias: float[..., in] -> float[..., out]."""
+        """Compute x @ W.T + bias: float[..., in] -> float[..., out].
+
+        Raises:
+            ValueError: x is of another width.
+        """
+        if x.shape[-1] != self._shape[1]:
+            raise ValueError(f"the input is {x.shape[-1]} wide, the weight takes {self._shape[1]}")
         return dispatch.linear(
             x,
             self.qweight,

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from service.kernels import dispatch
 from service.layers.buffers import QuantizedModule
 from service.numerics.encode import EncodedWeight
 from service.numerics.schemes import W8A16, QuantScheme
@@ -39,7 +40,7 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[..., out]."""
-        if self.fused is not None and (y := self.fused(x)) is not None:
+        if self.fused is not None and x.shape[-1] == self.in_features and (y := self.fused(x)) is not None:
             return y
         return self.multiply(x, self.bias)
 
@@ -55,6 +56,22 @@ class QuantizedLinear(QuantizedModule):
     def extra_repr(self) -> str:
         """Sizes and scheme, for `repr`."""
         return f"{self.in_features}, {self.out_features}, scheme={self.scheme.name}, bias={self.bias is not None}"
+
+
+class UnquantizedLinear(nn.Linear):
+    """What a recipe leaves as it is in a model that is quantized otherwise: a linear that is quick at a few rows."""
+
+    @classmethod
+    def in_place_of(cls, linear: nn.Linear) -> UnquantizedLinear:
+        """A layer with the very parameters of another."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[..., in] -> float[..., out]."""
+        return dispatch.linear_unquantized(x, self.weight, self.bias)
 
 
 class W8A16Linear(QuantizedLinear):

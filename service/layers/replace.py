@@ -12,7 +12,7 @@ from torch import nn
 from service.errors import RecipeError
 from service.layers.embedding import QuantizedEmbedding, TiedHead
 from service.layers.experts import QuantizedExperts, experts_obstacle
-from service.layers.linear import QuantizedLinear, quantized_linear
+from service.layers.linear import QuantizedLinear, UnquantizedLinear, quantized_linear
 from service.numerics.recipe import Recipe
 from service.numerics.schemes import NONE, QuantScheme
 
@@ -238,6 +238,14 @@ def swap(model: nn.Module, slot: Slot, dtype: torch.dtype) -> QuantizedLayer | N
     parent, _, leaf = slot.name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
     return None if isinstance(layer, TiedHead) else layer
+
+
+def keep(model: nn.Module, slot: Slot) -> None:
+    """Leave a slot unquantized; an `nn.Linear` gets the kernel that is quick at a few rows, with its parameters."""
+    module = model.get_submodule(slot.name) if not slot.num_experts else None
+    if type(module) is nn.Linear:
+        parent, _, leaf = slot.name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, UnquantizedLinear.in_place_of(module))
 
 
 def attach_experts(model: nn.Module, slot: Slot, layer: QuantizedExperts) -> None:

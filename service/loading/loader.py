@@ -112,7 +112,7 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
         scheme=options.recipe.label,
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        kernel=kernel_name(device.type, dtype),
+        kernel="torch" if options.recipe.is_none else kernel_name(device.type, dtype),
         revision=source.revision,
         weight_bytes=weight_bytes(model, record),
         original_bytes=record.original_bytes,

@@ -33,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from service.errors import CheckpointError, PennyweightError
 from service.kernels.dispatch import encode
 from service.layers.experts import QuantizedExperts, forward_experts
-from service.layers.replace import QuantizedLayer, Slot, Vocabulary, assign_schemes, attach_experts, swap
+from service.layers.replace import QuantizedLayer, Slot, Vocabulary, assign_schemes, attach_experts, keep, swap
 from service.numerics.encode import EncodedWeight
 from service.numerics.recipe import Recipe
 
@@ -109,6 +109,8 @@ class LoadQuantizer(HfQuantizer):
         record.slots = assign_schemes(model, self.recipe, vocabulary, transposed_types=(Conv1D,))
         for slot in record.slots:
             if not slot.is_to_be_quantized:
+                if not self.recipe.is_none:
+                    keep(model, slot)
                 continue
             layer = swap(model, slot, dtype)
             if layer is None:

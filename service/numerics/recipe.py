@@ -24,6 +24,11 @@ class Recipe:
     overrides: tuple[tuple[str, QuantScheme], ...]
 
     @property
+    def is_none(self) -> bool:
+        """No weight is quantized."""
+        return self.default.is_none and all(scheme.is_none for _, scheme in self.overrides)
+
+    @property
     def text(self) -> str:
         """Canonical spelling; it parses back to an equal recipe."""
         return ",".join([self.default.name, *(f"{pattern}={scheme.name}" for pattern, scheme in self.overrides)])

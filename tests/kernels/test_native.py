@@ -217,7 +217,7 @@ def _call_library(changes: dict[str, int], weight_changes: dict[str, int | None]
         setattr(described, name, value)
     x, y = normal(2, 96).bfloat16(), torch.empty(2, 64, dtype=torch.bfloat16)
     arguments = {"weight": ctypes.addressof(described), "x": x.data_ptr(), "rows": 2, "x_stride": 96}
-    arguments |= {"y": y.data_ptr(), "y_stride": 64, "bias": 0, "regime": 0}
+    arguments |= {"y": y.data_ptr(), "y_stride": 64, "bias": 0, "regime": 0, "dtype": 1}
     assert changes.keys() <= arguments.keys()
     function = ctypes.CDLL(str(native.PATH)).pw_linear_packed
     function.argtypes = [ctypes.c_char_p]

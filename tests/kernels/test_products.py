@@ -1,15 +1,17 @@
 """Native products against float64, for every instruction set of this machine, with bounds from the arithmetic.
 
-Of one output y = sum_k x_k w_k + bias, w_k = (l_k - z) s, all x and l in bfloat16 (u = 2^-24, v = 2^-8: half a unit
-in the last place of float32 and of bfloat16, relative):
+Of one output y = sum_k x_k w_k + bias, w_k = (l_k - z) s, x in bfloat16 (u = 2^-24, v = 2^-8: half a unit in the last
+place of float32 and of bfloat16, relative):
 
-    products        of two bfloat16 are exact in float32
+    products        of two bfloat16 are exact in float32; of float32 activations, off by u |x_k l_k|
     sums            of K of them, in any order, are off by at most K u sum |x_k l_k|; the zero points' share
                     z sum x_k likewise, and the 3 roundings of each of G groups (offset, scale, addition) by 3 u
     levels          of nf4 and fp4 are rounded to bfloat16: v |w_k|
     panels          hold weights of groups that are rounded to bfloat16 once more: v |w_k|
     flushes         pairs of products below 2^-126 count as 0: K 2^-126
     result          rounded to bfloat16: v |y|
+
+With float32 activations nothing is rounded to bfloat16: v = u.
 """
 
 from __future__ import annotations
@@ -63,8 +65,16 @@ class Case:
         return dispatch.linear(x, *self.encoded[:3], scheme=self.scheme, out_features=self.out_features, bias=bias)
 
     def weights(self) -> Tensor:
-        size = {"out_features": self.out_features, "in_features": self.in_features}
-        return decode(*self.encoded[:3], scheme=self.scheme, **size).double()
+        qweight, scales, zero_points = self.encoded[:3]
+        weights = decode(
+            qweight,
+            scales,
+            zero_points,
+            scheme=self.scheme,
+            out_features=self.out_features,
+            in_features=self.in_features,
+        )
+        return weights.double()
 
     def spans(self) -> Tensor:
         """(|l_k| + z) s, at most 15 + 15 steps for integers with zero points; |w_k| where there are none."""
@@ -76,13 +86,13 @@ class Case:
 
     def bound(self, x: Tensor, expected: Tensor) -> Tensor:
         magnitude = x.double().abs()
+        v = V if x.dtype == torch.bfloat16 else U
         groups = 1 if not self.scheme.group_size else -(-self.in_features // self.scheme.group_size)
-        sums = (self.in_features + 3 * groups + 1) * U * (magnitude @ self.spans().T)
-        rounded = (V * bool(self.scheme.codebook) + V * bool(self.scheme.group_size)) * (
-            magnitude @ self.weights().abs().T
-        )
+        sums = (self.in_features + 3 * groups + 2) * U * (magnitude @ self.spans().T)
+        num_rounded = bool(self.scheme.codebook) + 2 * bool(self.scheme.group_size)
+        rounded = num_rounded * v * (magnitude @ self.weights().abs().T)
         inner = sums + rounded + self.in_features * 2.0**-126
-        return inner + V * (expected.abs() + inner)
+        return inner + v * (expected.abs() + inner)
 
 
 def normal(*shape: int) -> Tensor:
@@ -96,18 +106,22 @@ def excess(case: Case, x: Tensor, bias: Tensor | None = None) -> float:
     return float((error / case.bound(x, expected).clamp(min=1e-300)).max())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_products_are_within_the_bound_of_their_arithmetic(isa: str, name: str, size: tuple[int, int]) -> None:
+def test_products_are_within_the_bound_of_their_arithmetic(
+    isa: str, name: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
     case = Case.make(name, *size)
-    worst = {rows: excess(case, normal(rows, size[1]).bfloat16()) for rows in ROWS}
+    worst = {rows: excess(case, normal(rows, size[1]).to(dtype)) for rows in ROWS}
     assert max(worst.values()) <= 1, worst
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 16, 130])
 @pytest.mark.parametrize("name", ["w8a16", "w4a16-g64", "nf4"])
-def test_the_bound_notices_a_single_wrong_code(isa: str, name: str, rows: int) -> None:
-    case, x = Case.make(name, 48, 96), normal(rows, 96).bfloat16()
+def test_the_bound_notices_a_single_wrong_code(isa: str, name: str, rows: int, dtype: torch.dtype) -> None:
+    case, x = Case.make(name, 48, 96), normal(rows, 96).to(dtype)
     assert excess(case, x) <= 1
     expected = x.double() @ case.weights().T
     case.encoded.qweight.view(torch.uint8)[0, 7] ^= 8
@@ -115,11 +129,12 @@ def test_the_bound_notices_a_single_wrong_code(isa: str, name: str, rows: int) -
     assert float((error / case.bound(x, expected)).max()) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("name", ["w8a16", "w4a16-g64"])
-def test_a_bias_is_added_before_the_result_is_rounded(isa: str, name: str, rows: int) -> None:
-    bias = normal(50).bfloat16()
-    assert excess(Case.make(name, 50, 100), normal(rows, 100).bfloat16(), bias) <= 1
+def test_a_bias_is_added_before_the_result_is_rounded(isa: str, name: str, rows: int, dtype: torch.dtype) -> None:
+    bias = normal(50).to(dtype)
+    assert excess(Case.make(name, 50, 100), normal(rows, 100).to(dtype), bias) <= 1
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 17, 40])

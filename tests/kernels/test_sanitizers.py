@@ -22,7 +22,6 @@ AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi",
 ISAS = {"amx": [*AVX512, "-mamx-tile", "-mamx-bf16"], "avx512": AVX512, "avx2": AVX2}
 EMULATED_AMX = [*AVX512, "-DPW_EMULATE_TILES", "-Dpw_kernels_amx=pw_kernels_amx_emulated"]
 RUN_OPTIONS = {
-    "ASAN_OPTIONS": "detect_stack_use_after_return=1",
     "TSAN_OPTIONS": "halt_on_error=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.layers.linear import PackedLinear, QuantizedLinear, W8A16Linear, quantized_linear
+from service.layers.linear import PackedLinear, QuantizedLinear, UnquantizedLinear, W8A16Linear, quantized_linear
 from service.numerics.encode import decode, encode, storage_shapes
 from service.numerics.schemes import parse_scheme
 
@@ -123,3 +123,25 @@ def test_state_dict_round_trip_computes_the_same() -> None:
 
 def test_repr_names_the_scheme() -> None:
     assert "100, 33, scheme=w4a16-g64, bias=True" in repr(filled("w4a16-g64"))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_input_of_another_width_is_refused(name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="the input is 99 wide, the weight takes 100"):
+        filled(name, dtype=dtype)(torch.ones(1, 99, dtype=dtype))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_unquantized_linear_has_the_parameters_and_results_of_the_one_it_replaces(bias: bool, num_rows: int) -> None:
+    linear = nn.Linear(100, 33, bias=bias, dtype=torch.bfloat16).eval()
+    layer = UnquantizedLinear.in_place_of(linear)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.training
+    x = torch.randn(num_rows, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.inference_mode():
+        expected, y = linear(x), layer(x)
+    # Both round float32 sums once to bfloat16; near a tie they may fall to neighbours, 2^-7 apart.
+    assert (y - expected).abs().max() <= 2**-7 * expected.abs().max()

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from service.errors import CheckpointError, ModelError, ModelNotFound, RecipeError, UnsupportedModel
 from service.layers.embedding import QuantizedEmbedding, TiedHead
-from service.layers.linear import PackedLinear, W8A16Linear
+from service.layers.linear import PackedLinear, UnquantizedLinear, W8A16Linear
 from service.loading.loader import LoadOptions, load_model
 from service.loading.progress import LoadProgress, Phase
 from service.loading.shards import SINGLE_NAME
@@ -99,8 +99,20 @@ def test_the_last_matching_pattern_rules(tmp_path: Path) -> None:
     recipe = "w8a16,*.mlp.*=w4a16-g32,*.down_proj=none"
     model = load(write_checkpoint("llama", tmp_path / "m"), recipe).model
     assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), PackedLinear)
-    assert type(model.get_submodule("model.layers.0.mlp.down_proj")) is nn.Linear
+    assert type(model.get_submodule("model.layers.0.mlp.down_proj")) is UnquantizedLinear
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), W8A16Linear)
+
+
+@pytest.mark.parametrize(("recipe", "kernel_is_ours"), [("w8a16,lm_head=none", True), ("none", False)])
+def test_what_stays_unquantized_keeps_its_weight_and_is_stock_only_in_an_unquantized_model(
+    recipe: str, kernel_is_ours: bool, tmp_path: Path
+) -> None:
+    write_checkpoint("llama", tmp_path)
+    loaded = load(tmp_path, recipe)
+    head = loaded.model.get_submodule("lm_head")
+    assert type(head) is (UnquantizedLinear if kernel_is_ours else nn.Linear)
+    assert torch.equal(head.get_parameter("weight"), stock(tmp_path).get_parameter("lm_head.weight"))
+    assert (loaded.report.kernel == "torch") or kernel_is_ours
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_examples(tmp_path: Path) -> None:

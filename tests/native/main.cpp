@@ -13,7 +13,8 @@ struct Subject {
     void (*test)();
 };
 
-constexpr Subject kSubjects[] = {{"threads", test_threads},  // first, because it sees who selects the first instruction set
+// Threads come first: their test needs that no instruction set has been selected.
+constexpr Subject kSubjects[] = {{"threads", test_threads},
                                  {"interface", test_interface},
                                  {"linear", test_linear},
                                  {"encode", test_encode}};

@@ -72,6 +72,12 @@ struct Place {
     int64_t bit4() const { return (tile * 256 + 64 * (row / 4) + 2 * lane) * 8 + 4 * (row % 4); }
 };
 
+void set_bits4(const Memory &memory, int64_t bit, int value) {  // where zeros are
+    memory.as<uint8_t>()[bit / 8] |= (uint8_t)(value << bit % 8);
+}
+
+int bits4(const Memory &memory, int64_t bit) { return memory.as<uint8_t>()[bit / 8] >> bit % 8 & 15; }
+
 size_t qweight_bytes(const Kind &kind, const Shape &shape) {
     if (kind.format == PW_BF16) return (size_t)(shape.out * shape.in) * 2;
     return (size_t)(ceiling(shape.out, 16) * ceiling(shape.in, 32) * (kind.format == PW_INT8 ? 512 : 256));
@@ -93,11 +99,11 @@ Problem::Problem(const Kind &kind, const Shape &shape, const Lie &lie, Values va
       qweight(qweight_bytes(kind, shape), 2, 0),
       scales(scale_count(kind, shape) * (kind.scale_type == PW_SCALE_F32 ? 4 : 2), 4, 0),
       zero_points(kind.zero_points ? scale_count(kind, shape) / 2 : 0, 1, 0),
-      levels(kind.format == PW_TABLE4 ? 32 : 0, 2, 0),
+      levels(kind.format == PW_TABLE4 ? 64 : 0, 4, 0),
       x((size_t)((shape.rows - 1) * x_stride + shape.in) * 2, 2, 0xff, (size_t)lie.x_slack * 2),
       bias(lie.bias ? (size_t)shape.out * 2 : 0, 2, 0) {
     weight = {qweight.as<void>(), scales.as_or_null<void>(), zero_points.as_or_null<uint8_t>(),
-              levels.as_or_null<uint16_t>(), shape.out, shape.in, kind.group_size, kind.format, kind.scale_type};
+              levels.as_or_null<float>(), shape.out, shape.in, kind.group_size, kind.format, kind.scale_type};
     fill(seed);
     compute();
 }
@@ -105,7 +111,8 @@ Problem::Problem(const Kind &kind, const Shape &shape, const Lie &lie, Values va
 std::string Problem::describe() const {
     static const char *const formats[] = {"int8", "table4", "bf16"};
     char text[200];
-    snprintf(text, sizeof text, "%s%s, %s scales, groups of %ld, [%ld, %ld] x [%ld, %ld], gaps %ld and %ld, slack %ld%s, %s",
+    snprintf(text, sizeof text,
+             "%s%s, %s scales, groups of %ld, [%ld, %ld] x [%ld, %ld], gaps %ld and %ld, slack %ld%s, %s",
              formats[kind.format], kind.zero_points ? " with zero points" : "", kind.scale_type ? "bf16" : "f32",
              (long)kind.group_size, (long)shape.rows, (long)shape.in, (long)shape.out, (long)shape.in, (long)lie.x_gap,
              (long)lie.y_gap, (long)lie.x_slack, lie.bias ? ", bias" : "", values == kExact ? "exact" : "rounded");
@@ -114,28 +121,34 @@ std::string Problem::describe() const {
 
 void Problem::fill(uint64_t seed) {
     Random random(seed);
-    for (int64_t m = 0; m < shape.rows; ++m)  // what lies between the rows stays NaN
-        for (int64_t k = 0; k < shape.in; ++k) x.as<uint16_t>()[m * x_stride + k] = bf16_bits(activation(random, values));
+    const bool exact = values == kExact;
+    for (int64_t m = 0; m < shape.rows; ++m) {  // what lies between the rows stays NaN
+        uint16_t *row = x.as<uint16_t>() + m * x_stride;
+        for (int64_t k = 0; k < shape.in; ++k) row[k] = bf16_bits(activation(random, values));
+    }
     for (size_t n = 0; n < bias.size() / 2; ++n)
-        bias.as<uint16_t>()[n] = bf16_bits(values == kExact ? (float)(random.below(129) - 64) : any_number(random, -3, 3));
-    for (size_t i = 0; i < levels.size() / 2; ++i) levels.as<uint16_t>()[i] = bf16_bits(level(random, values));
+        bias.as<uint16_t>()[n] = bf16_bits(exact ? (float)(random.below(129) - 64) : any_number(random, -3, 3));
+    for (size_t i = 0; i < levels.size() / 4; ++i)
+        levels.as<float>()[i] = (float)bf16_value(bf16_bits(level(random, values)));
     for (int64_t n = 0; n < shape.out; ++n)
         for (int64_t k = 0; k < shape.in; ++k) {
             const Place place(tiles, n, k);
             switch (kind.format) {
                 case PW_INT8: qweight.as<int8_t>()[place.byte8()] = (int8_t)(random.below(255) - 127); break;
-                case PW_TABLE4: qweight.as<uint8_t>()[place.bit4() / 8] |= (uint8_t)(random.below(16) << place.bit4() % 8); break;
+                case PW_TABLE4: set_bits4(qweight, place.bit4(), random.below(16)); break;
                 default: qweight.as<uint16_t>()[n * shape.in + k] = bf16_bits(level(random, values)); break;
             }
         }
     for (size_t i = 0; i < scale_count(kind, shape); ++i) {
         const int64_t n = (int64_t)i / (16 * groups) * 16 + (int64_t)i % 16;
-        float s = n < shape.out ? scale(random, values) : 1;
+        const bool is_padding = n >= shape.out;
+        const float s = is_padding ? 1 : scale(random, values);
+        const float all_bits = exact || is_padding ? s : s * (1 + (float)random.below(1 << 23) / (1 << 23));
         if (kind.scale_type == PW_SCALE_BF16)
             scales.as<uint16_t>()[i] = bf16_bits(s);
-        else  // all 24 bits, where they may be rounded
-            scales.as<float>()[i] = values == kRounded && n < shape.out ? s * (1 + (float)random.below(1 << 23) / (1 << 23)) : s;
-        if (kind.zero_points && n < shape.out) zero_points.as<uint8_t>()[i / 2] |= (uint8_t)(random.below(16) << i % 2 * 4);
+        else
+            scales.as<float>()[i] = all_bits;
+        if (kind.zero_points && !is_padding) set_bits4(zero_points, (int64_t)i * 4, random.below(16));
     }
 }
 
@@ -148,13 +161,14 @@ void Problem::compute() {
             double value = 0, zero_point = 0, factor = 1;
             if (kind.format == PW_INT8) value = qweight.as<int8_t>()[place.byte8()];
             if (kind.format == PW_TABLE4)
-                value = bf16_value(levels.as<uint16_t>()[qweight.as<uint8_t>()[place.bit4() / 8] >> place.bit4() % 8 & 15]);
+                value = levels.as<float>()[bits4(qweight, place.bit4())];
             if (kind.format == PW_BF16) {
                 value = bf16_value(qweight.as<uint16_t>()[n * shape.in + k]);
             } else {
                 const int64_t index = (n / 16 * groups + (kind.group_size ? k / kind.group_size : 0)) * 16 + n % 16;
-                factor = kind.scale_type == PW_SCALE_F32 ? scales.as<float>()[index] : bf16_value(scales.as<uint16_t>()[index]);
-                if (kind.zero_points) zero_point = zero_points.as<uint8_t>()[index / 2] >> index % 2 * 4 & 15;
+                const bool is_float = kind.scale_type == PW_SCALE_F32;
+                factor = is_float ? scales.as<float>()[index] : bf16_value(scales.as<uint16_t>()[index]);
+                if (kind.zero_points) zero_point = bits4(zero_points, index * 4);
             }
             weights[(size_t)(n * shape.in + k)] = (value - zero_point) * factor;
             parts[(size_t)(n * shape.in + k)] = (fabs(value) + zero_point) * fabs(factor);
@@ -184,12 +198,12 @@ void Problem::compute() {
 //    `in` additions on its way to the total, however these are ordered (additions to 0 are exact), when the part of the
 //    zero points is formed and taken away, when it is scaled and when the bias is added: steps = in + 5, of which each
 //    changes a partial sum of terms by 2^-24 of it at most: terms * steps 2^-24 / (1 - steps 2^-24) altogether
-//    (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1). Forming w = level * scale - zero * scale takes
-//    no more of them than the sums it replaces.
+//    (Higham, Accuracy and Stability of Numerical Algorithms, lemma 3.1). Forming w = level * scale - zero * scale
+//    takes no more of them than the sums it replaces.
 // 2. A weight that is rounded to bfloat16, with its 8 significant bits, changes by 2^-8 of it at most: 2^-8 products.
 // 3. AVX512-BF16 and AMX take subnormal numbers for 0, where they read them, in their sums and where they round to
-//    bfloat16. For each product that loses less than 2^-126 of x, the weight and the sum before scaling; these are below
-//    2^3, 2^8 and 2^1 here, together below 2^10.
+//    bfloat16: less than 2^-126 for each x, weight and sum, times what they are multiplied with, which is below 2^8
+//    here. That makes less than 2^-116 for each product.
 // 4. The result is rounded to bfloat16: half a unit in its last place, which is 2^-7 of its power of two.
 double Problem::bound(int64_t index, bool weights_are_rounded) const {
     const double steps = (double)(shape.in + 5) * 0x1p-24;
@@ -205,17 +219,18 @@ bool Problem::check_result(const uint16_t *y, int32_t regime, const char *who) c
             const uint16_t bits = y[m * y_stride + n];
             if (n >= shape.out) {
                 if (bits != 0xffff)
-                    return check(false, "%s, regime %d: y[%ld, %ld], a gap, is written: %s", who, regime, (long)m, (long)n,
-                                 describe().c_str());
+                    return check(false, "%s, regime %d: y[%ld, %ld], a gap, is written: %s", who, regime, (long)m,
+                                 (long)n, describe().c_str());
                 continue;
             }
             const int64_t index = m * shape.out + n;
             const double result = bf16_value(bits);
-            const double wanted = values == kExact ? round_to_bf16(expected[(size_t)index]) : expected[(size_t)index];
-            const double error = fabs(result - wanted), limit = values == kExact ? 0 : bound(index, weights_are_rounded);
+            const double sum = expected[(size_t)index], wanted = values == kExact ? round_to_bf16(sum) : sum;
+            const double limit = values == kExact ? 0 : bound(index, weights_are_rounded);
+            const double error = fabs(result - wanted);
             if (!(error <= limit))  // NaN is no error that is larger
-                return check(false, "%s, regime %d: y[%ld, %ld] is %g, not %g; error %g, bound %g: %s", who, regime, (long)m,
-                             (long)n, result, wanted, error, limit, describe().c_str());
+                return check(false, "%s, regime %d: y[%ld, %ld] is %g, not %g; error %g, bound %g: %s", who, regime,
+                             (long)m, (long)n, result, wanted, error, limit, describe().c_str());
         }
     return true;
 }

@@ -68,7 +68,8 @@ struct Result {
     Memory y;
     explicit Result(const Problem &problem, int32_t regime) : y(problem.y_size(), 2, Problem::kUnwritten) {
         status = pw_linear(&problem.weight, problem.x.as<uint16_t>(), problem.shape.rows, problem.x_stride,
-                           y.as<uint16_t>(), problem.y_stride, problem.bias.as_or_null<uint16_t>(), regime);
+                           y.as<uint16_t>(), problem.y_stride, problem.bias.as_or_null<uint16_t>(), regime,
+                           PW_BFLOAT16);
     }
     bool operator==(const Result &other) const {
         return status == other.status && memcmp(y.as<void>(), other.y.as<void>(), y.size()) == 0;
@@ -133,8 +134,8 @@ void check_thread_counts(const Problems &problems, const char *isa) {
             problem->check_result(expected->y.as<uint16_t>(), regime, isa);
             for (uint32_t count = 2; count <= kMostThreads; ++count) {
                 pool_threads = count;
-                check(Result(*problem, regime) == *expected, "%s, regime %d: another result with %u threads: %s", isa, regime,
-                      count, problem->describe().c_str());
+                check(Result(*problem, regime) == *expected, "%s, regime %d: another result with %u threads: %s", isa,
+                      regime, count, problem->describe().c_str());
             }
             if (regime == PW_AUTO) alone.push_back(std::move(expected));
         }
@@ -157,8 +158,8 @@ void check_read() {
     for (uint32_t count = 1; count <= kMostThreads; ++count) {
         pool_threads = count;
         uint64_t sum = 0;
-        check(pw_read(data.as<void>(), (int64_t)bytes, &sum) == PW_OK && sum == expected, "%s: another sum with %u threads",
-              pw_selected(), count);
+        check(pw_read(data.as<void>(), (int64_t)bytes, &sum) == PW_OK && sum == expected,
+              "%s: another sum with %u threads", pw_selected(), count);
     }
 }
 

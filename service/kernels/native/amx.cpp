@@ -3,8 +3,15 @@
 #include "unit.h"
 
 const pw_kernels *pw_kernels_amx(void) {
-    static constexpr pw_kernels kernels = {"amx",    amx_packed_bytes,  amx_pack_pieces, amx_pack,
-                                           amx_scratch_bytes, amx_multiply, read_words,
-                                           encoding::encode_scratch_bytes, encoding::encode_strips};
+    static constexpr pw_kernels kernels = {"amx",
+                                           nullptr,
+                                           amx_packed_bytes,
+                                           amx_pack_pieces,
+                                           amx_pack,
+                                           amx_scratch_bytes,
+                                           amx_multiply,
+                                           read_words,
+                                           encoding::encode_scratch_bytes,
+                                           encoding::encode_strips};
     return &kernels;
 }

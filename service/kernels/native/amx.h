@@ -46,7 +46,7 @@ inline bool uses_tiles(const pw_linear_task *task) {
 inline void pack_tiles(const pw_linear_task *task, const TileRows &plan, int64_t index) {
     const pw_weight &w = *task->weight;
     const int64_t rows = min64(kBlock, task->rows - index * kBlock);
-    const uint16_t *x = task->x + index * kBlock * task->x_stride;
+    const uint16_t *x = (const uint16_t *)task->x + index * kBlock * task->x_stride;
     uint16_t *out = (uint16_t *)plan.block(task, index);
     for (int64_t tile = 0; tile < plan.tiles; ++tile) {
         const int64_t left = w.in_features - tile * kTile;

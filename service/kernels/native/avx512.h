@@ -24,6 +24,7 @@ inline __m512 zero_points16(const pw_weight &w, int64_t strip, int64_t group) {
 }
 
 struct Avx512 {
+    typedef uint16_t X;
     typedef uint32_t Pair;  // two bfloat16, the first one in the low half
     typedef __m512i Weights;
     typedef __m512 Sums;
@@ -164,7 +165,7 @@ struct Avx512 {
     template <int ROWS>
     static void unquantized(const pw_linear_task *task, int64_t row, int64_t output, int64_t outputs) {
         const int64_t columns = task->weight->in_features;
-        const uint16_t *x = task->x + row * task->x_stride, *weights[4];
+        const uint16_t *x = (const uint16_t *)task->x + row * task->x_stride, *weights[4];
         for (int n = 0; n < 4; ++n)
             weights[n] = (const uint16_t *)task->weight->qweight + (output + (n < outputs ? n : 0)) * columns;
         __m512 sums[4][ROWS];
@@ -182,7 +183,7 @@ struct Avx512 {
             }
         }
         for (int m = 0; m < ROWS; ++m)
-            for (int n = 0; n < outputs; ++n) write_one(task, row + m, output + n, _mm512_reduce_add_ps(sums[n][m]));
+            for (int n = 0; n < outputs; ++n) write_one<Avx512>(task, row + m, output + n, _mm512_reduce_add_ps(sums[n][m]));
     }
 };
 
@@ -231,8 +232,7 @@ struct Table4 {
     __m512i levels;
     explicit Table4(const pw_weight &w) {
         alignas(64) uint16_t twice[32];
-        __builtin_memcpy(twice, w.levels, 32);
-        __builtin_memcpy(twice + 16, w.levels, 32);
+        for (int i = 0; i < 32; ++i) twice[i] = float_to_bf16(w.levels[i % 16]);
         levels = _mm512_load_si512(twice);
     }
     void decode(const uint8_t *codes, __m512i rows[kHalfPairs][1]) const {

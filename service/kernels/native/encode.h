@@ -24,7 +24,8 @@ constexpr int64_t kPartGroups = kPartColumns / 16;
 template <class Source>
 struct Part {
     typedef typename Source::Element Element;
-    const Element *source, *next;  // and of the part after it
+    const Element *source;
+    const Element *next;  // of the part after it, to prefetch; behind the last there is none, which does no harm
     int64_t columns, group_columns, groups;
     Element highs[kPartGroups], lows[kPartGroups];  // of groups: at least and at most 0
     float scales[kPartGroups], zero_points[kPartGroups], reciprocals[kPartGroups];
@@ -107,7 +108,8 @@ struct Fit {
 };
 
 // Schemes turn weights into codes, and into levels: what codes stand for, in units of the scale.
-template <bool CLAMPED>  // from above; below, the lowest weight has the code 0
+// CLAMPED from above alone: to the lowest weight of a group the scale and the zero point give a code of 0 or more.
+template <bool CLAMPED>
 struct Affine {
     Floats scale, most;
     Words offset;
@@ -145,7 +147,7 @@ struct Codebook {
 };
 
 // Sums of squares of weights and errors. Weights are multiplied with a power of two that brings them near 1, and the
-// squares of kRun vectors are added up in float32.
+// squares of kRun vectors are added up in float32. What codes stand for is not rounded to float32 here.
 struct Squares {
     static constexpr int kRun = 16;
     float factor;
@@ -202,15 +204,22 @@ __attribute__((noinline)) void round_part(const Part<Source> &part, const pw_cod
     squares.add(squares.noise, noise);
 }
 
-inline void write_scale(const pw_weight &w, int64_t index, float scale, float zero_point) {
-    if (w.scale_type == PW_SCALE_F32)
-        ((float *)w.scales)[index] = scale;
-    else
-        ((uint16_t *)w.scales)[index] = (uint16_t)(load<uint32_t>(&scale) >> 16);
+// Writes scales and zero points of groups `first` and following of one row.
+inline void write_groups(const pw_weight &w, int64_t row, int64_t first, int64_t groups, const float *scales,
+                         const float *zero_points) {
+    const int64_t at = (row / kStrip * num_groups(w) + first) * kStrip + row % kStrip;
+    for (int64_t g = 0; g < groups; ++g) {
+        if (w.scale_type == PW_SCALE_F32)
+            ((float *)w.scales)[at + g * kStrip] = scales[g];
+        else
+            ((uint16_t *)w.scales)[at + g * kStrip] = (uint16_t)(load<uint32_t>(scales + g) >> 16);
+    }
     if (!w.zero_points) return;
-    uint8_t *pair = (uint8_t *)w.zero_points + index / 2;
-    const int nibble = (int)zero_point;
-    *pair = (uint8_t)(index % 2 ? (*pair & 15) | nibble << 4 : nibble);  // the lower output comes first
+    uint8_t *pairs = (uint8_t *)w.zero_points + at / 2;
+    for (int64_t g = 0; g < groups; ++g) {  // the lower output of a pair comes first
+        uint8_t &pair = pairs[g * (kStrip / 2)];
+        pair = (uint8_t)(row % 2 ? pair | (int)zero_points[g] << 4 : (int)zero_points[g]);
+    }
 }
 
 inline int64_t padded_width(const pw_weight &w) { return num_tiles(w) * kTile; }
@@ -238,18 +247,15 @@ void encode_row(const pw_encode_task &task, int64_t row, Part<Source> &part, int
         measure_part(part);
         squares.set_factor(fit_part(task, part));
         round_part<Source, Scheme>(part, task.source->codebook, codes + first, squares);
-        for (int64_t g = 0; g < part.groups; ++g)
-            write_scale(w, (row / kStrip * groups + group + g) * kStrip + row % kStrip, part.scales[g],
-                        part.zero_points[g]);
+        write_groups(w, row, group, part.groups, part.scales, part.zero_points);
     }
     __builtin_memset(codes + w.in_features, 0, (size_t)(padded_width(w) - w.in_features));
 }
 
 inline void fill_row(const pw_weight &w, int64_t row, int8_t *codes) {
     __builtin_memset(codes, 0, (size_t)padded_width(w));
-    const int64_t groups = num_groups(w);
-    for (int64_t group = 0; group < groups; ++group)
-        write_scale(w, (row / kStrip * groups + group) * kStrip + row % kStrip, 1, 0);
+    const float scale = 1, zero_point = 0;
+    for (int64_t group = 0; group < num_groups(w); ++group) write_groups(w, row, group, 1, &scale, &zero_point);
 }
 
 template <bool NIBBLES>
@@ -277,6 +283,7 @@ void encode_strips_as(const pw_encode_task &task, int64_t begin, int64_t end, in
             pack_strip<false>(w, codes, strip);
         else
             pack_strip<true>(w, codes, strip);
+        end_streams();
         task.sums[strip][0] = Squares::total(squares.signal);
         task.sums[strip][1] = Squares::total(squares.noise);
     }

@@ -39,8 +39,27 @@ inline Nibbles join_nibbles(Quads first, Quads second) {
     return PW_SHUFFLE(Nibbles, joined, joined, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
 }
 
+// Writes past the caches, where tiles would only push out weights that are still to be read; `end_streams` comes after.
+inline void stream_tile(const uint8_t *from, int64_t bytes, uint8_t *tile) {
+#if defined(__AVX512F__)
+    if ((uintptr_t)tile % 64 == 0) {
+        for (int64_t i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i *)(tile + i), load<__m512i>(from + i));
+        return;
+    }
+#endif
+    __builtin_memcpy(tile, from, (size_t)bytes);
+}
+
+inline void end_streams() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 template <bool NIBBLES>
-inline void pack_tile(const int8_t *codes, int64_t stride, uint8_t *tile) {
+inline void pack_tile(const int8_t *codes, int64_t stride, uint8_t *to) {
+    constexpr int64_t kBytes = kStrip * kTile / (NIBBLES ? 2 : 1);
+    alignas(64) uint8_t tile[kBytes];
     for (int quad = 0; quad < 4; ++quad)
         for (int half = 0; half < 2; ++half) {
             Quads runs[4];
@@ -51,6 +70,7 @@ inline void pack_tile(const int8_t *codes, int64_t stride, uint8_t *tile) {
             else
                 for (int z = 0; z < 4; ++z) store(tile + (4 * half + z) * 64 + quad * 16, runs[z]);
         }
+    stream_tile(tile, kBytes, to);
 }
 
 }  // namespace encoding

@@ -28,8 +28,9 @@ struct Lanes<8> {
     typedef uint16_t Words __attribute__((vector_size(16)));
 };
 
-template <int LANES>
+template <int LANES, class ACTIVATION = uint16_t>
 struct FloatVectors {
+    typedef ACTIVATION X;
     typedef typename Lanes<LANES>::Floats Floats;
     struct Pair {
         float even, odd;
@@ -57,26 +58,26 @@ struct FloatVectors {
             for (int i = 0; i < LANES / 2; ++i) out[v * (LANES / 2) + i] = sums[v][2 * i] + sums[v][2 * i + 1];
     }
 
-    static void write(uint16_t *y, int64_t size, const float *sums, const float *scales, const uint16_t *bias) {
+    static void write(X *y, int64_t size, const float *sums, const float *scales, const X *bias) {
         for (int64_t n = 0; n < size; ++n) {
             const float value = scales ? sums[n] * scales[n] : sums[n];
-            y[n] = float_to_bf16(bias ? value + bf16_to_float(bias[n]) : value);
+            from_float(bias ? value + to_float(bias[n]) : value, y + n);
         }
     }
 
-    static float sum(const uint16_t *x, int64_t size) {
+    static float sum(const X *x, int64_t size) {
         float parts[8] = {};
-        for (int64_t k = 0; k < size; ++k) parts[k % 8] += bf16_to_float(x[k]);
+        for (int64_t k = 0; k < size; ++k) parts[k % 8] += to_float(x[k]);
         return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
     }
 
-    static void pack_pairs(const uint16_t *x, int64_t stride, int64_t rows, int64_t padded, int64_t columns,
+    static void pack_pairs(const X *x, int64_t stride, int64_t rows, int64_t padded, int64_t columns,
                            int64_t pairs, Pair *out) {
         for (int64_t m = 0; m < padded; ++m)
             for (int64_t p = 0; p < pairs; ++p) {
                 const bool even = m < rows && 2 * p < columns, odd = m < rows && 2 * p + 1 < columns;
-                out[p * padded + m] = {even ? bf16_to_float(x[m * stride + 2 * p]) : 0,
-                                       odd ? bf16_to_float(x[m * stride + 2 * p + 1]) : 0};
+                out[p * padded + m] = {even ? to_float(x[m * stride + 2 * p]) : 0,
+                                       odd ? to_float(x[m * stride + 2 * p + 1]) : 0};
             }
     }
 
@@ -117,7 +118,7 @@ struct FloatVectors {
         for (int64_t n = output; n < output + outputs; ++n) {
             const uint16_t *weights = (const uint16_t *)task->weight->qweight + n * columns;
             for (int m = 0; m < ROWS; ++m) {
-                const uint16_t *x = task->x + (row + m) * task->x_stride;
+                const X *x = (const X *)task->x + (row + m) * task->x_stride;
                 Floats sums[4] = {};
                 int64_t k = 0;
                 for (; k + 4 * LANES <= columns; k += 4 * LANES)
@@ -125,8 +126,8 @@ struct FloatVectors {
                 const Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
                 float total = 0;
                 for (int i = 0; i < LANES; ++i) total += all[i];
-                for (; k < columns; ++k) total += bf16_to_float(weights[k]) * bf16_to_float(x[k]);
-                write_one(task, row + m, n, total);
+                for (; k < columns; ++k) total += bf16_to_float(weights[k]) * to_float(x[k]);
+                write_one<FloatVectors>(task, row + m, n, total);
             }
         }
     }
@@ -135,6 +136,12 @@ struct FloatVectors {
         typename Lanes<LANES>::Words words;
         __builtin_memcpy(&words, bf16, sizeof words);
         return (Floats)(__builtin_convertvector(words, typename Lanes<LANES>::Ints) << 16);
+    }
+
+    static Floats widen(const float *values) {
+        Floats floats;
+        __builtin_memcpy(&floats, values, sizeof floats);
+        return floats;
     }
 
     static int64_t few_size(int64_t rows) { return rows; }
@@ -187,7 +194,7 @@ struct Table4Floats {
     static constexpr int kHalfBytes = 128;
     float levels[16];
     explicit Table4Floats(const pw_weight &w) {
-        for (int i = 0; i < 16; ++i) levels[i] = bf16_to_float(w.levels[i]);
+        for (int i = 0; i < 16; ++i) levels[i] = w.levels[i];
     }
     void decode(const uint8_t *codes, typename V::Weights rows[kHalfPairs][V::kVectors]) const {
         for (int z = 0; z < 2; ++z)

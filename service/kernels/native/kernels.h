@@ -31,28 +31,30 @@ typedef struct pw_weight {
     const void *qweight;          // PW_INT8: int8[S][T * 512]; PW_TABLE4: uint8[S][T * 256]; PW_BF16: bf16[out][in]
     const void *scales;           // whole rows: [S * 16]; groups: [S][G][16]; PW_BF16: null
     const uint8_t *zero_points;   // [S][G][8], or null; not for whole rows
-    const uint16_t *levels;       // PW_TABLE4: bf16[16], what the codes stand for; else null
+    const float *levels;          // PW_TABLE4: [16], what the codes stand for, rounded to bf16 where pairs of it are
+                                  // multiplied (AVX-512, AMX); else null
     int64_t out_features, in_features;
     int64_t group_size;           // a multiple of 16, or 0 for whole rows
     int32_t format, scale_type;
 } pw_weight;
 
-// y[rows][out] = x[rows][in] W^T + bias, bfloat16 with strides in elements; bias: bf16[out] or null.
+// y[rows][out] = x[rows][in] W^T + bias with strides in elements; bias: [out] or null. All of them are of `dtype`,
+// PW_BFLOAT16 or PW_FLOAT32; PW_BF16 weights take the former only.
 // w = (level - zero_point) * scale; sums in float32, scales applied to the sums of a group (PW_FEW) or, for groups
-// and many rows, to the weights, which are then rounded to bfloat16 (PW_PANEL). Whole-row scales: always to the sums.
+// and many rows, to the weights, which for bfloat16 are then rounded to it (PW_PANEL). Whole-row scales: always to the sums.
 // Any number of threads may call it at once.
-PW_EXPORT int pw_linear(const pw_weight *weight, const uint16_t *x, int64_t rows, int64_t x_stride, uint16_t *y,
-                        int64_t y_stride, const uint16_t *bias, int32_t regime);
+PW_EXPORT int pw_linear(const pw_weight *weight, const void *x, int64_t rows, int64_t x_stride, void *y,
+                        int64_t y_stride, const void *bias, int32_t regime, int32_t dtype);
 
 // The same with its arguments in a row: what a caller from Python makes quickest.
 typedef struct pw_linear_call {
     const pw_weight *weight;
-    const uint16_t *x;
+    const void *x;
     int64_t rows, x_stride;
-    uint16_t *y;
+    void *y;
     int64_t y_stride;
-    const uint16_t *bias;
-    int64_t regime;
+    const void *bias;
+    int64_t regime, dtype;
 } pw_linear_call;
 PW_EXPORT int pw_linear_packed(const pw_linear_call *call);
 
@@ -94,7 +96,7 @@ PW_EXPORT int pw_select(const char *name);
 PW_EXPORT const char *pw_selected(void);
 
 // Changes whenever this file does, so that a library and its caller are not of different versions.
-#define PW_VERSION 1
+#define PW_VERSION 2
 PW_EXPORT int pw_version(void);
 
 #ifdef __cplusplus

@@ -67,6 +67,14 @@ const Isa *selected_isa() {
     return selected.compare_exchange_strong(expected, isa) ? isa : expected;
 }
 
+// The kernels for activations of a type: those in use, or the best below them that take it.
+const pw_kernels *kernels_for(int32_t dtype) {
+    const Isa *isa = selected_isa();
+    if (dtype == PW_BFLOAT16) return isa->kernels();
+    while (!isa->kernels()->floats || *isa->obstacle()) ++isa;  // the last has both
+    return isa->kernels()->floats;
+}
+
 struct LinearJob {
     const pw_kernels *kernels;
     pw_linear_task task;
@@ -204,14 +212,15 @@ bool is_encodable(const pw_weight *w, const pw_source *source) {
 
 extern "C" {
 
-int pw_linear(const pw_weight *weight, const uint16_t *x, int64_t rows, int64_t x_stride, uint16_t *y, int64_t y_stride,
-              const uint16_t *bias, int32_t regime) {
+int pw_linear(const pw_weight *weight, const void *x, int64_t rows, int64_t x_stride, void *y, int64_t y_stride,
+              const void *bias, int32_t regime, int32_t dtype) {
     if (rows == 0) return PW_OK;
     if (!is_valid(weight) || !x || !y || !is_size(rows) || regime < PW_AUTO || regime > PW_PANEL) return PW_BAD_ARGUMENT;
     if (rows > 1 && (x_stride < weight->in_features || y_stride < weight->out_features)) return PW_BAD_ARGUMENT;
     if (x_stride > kMaxSize || y_stride > kMaxSize) return PW_BAD_ARGUMENT;
+    if (dtype != PW_BFLOAT16 && (dtype != PW_FLOAT32 || weight->format == PW_BF16)) return PW_BAD_ARGUMENT;
     LinearJob job{};
-    job.kernels = selected_isa()->kernels();
+    job.kernels = kernels_for(dtype);
     job.task.weight = weight;
     job.task.x = x;
     job.task.rows = rows;
@@ -226,7 +235,7 @@ int pw_linear(const pw_weight *weight, const uint16_t *x, int64_t rows, int64_t 
 
 int pw_linear_packed(const pw_linear_call *call) {
     return pw_linear(call->weight, call->x, call->rows, call->x_stride, call->y, call->y_stride, call->bias,
-                     (int32_t)call->regime);
+                     (int32_t)call->regime, (int32_t)call->dtype);
 }
 
 int pw_encode(const pw_weight *weight, const pw_source *source, double *signal, double *noise) {

@@ -7,7 +7,7 @@
 //   panel      V::kPanelStrips strips are decoded to a panel that stays in the L2, which all rows then pass, in blocks of
 //              V::kPanelRows; weights of groups are scaled on their way there
 //
-// V: Weights (kVectors hold one decoded row: columns 2r and 2r+1 of 16 outputs), Sums (their accumulators), Pair (two
+// V: X (type of activations and results), Weights (kVectors hold one decoded row: columns 2r and 2r+1 of 16 outputs), Sums (their accumulators), Pair (two
 // activations, as `multiply_add` broadcasts them). D: `decode` turns a half tile, 16 columns, into 8 such rows.
 #pragma once
 #include "table.h"
@@ -26,11 +26,6 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t num_tiles(const pw_weight &w) { return divide_up(w.in_features, kTile); }
 inline int64_t num_pairs(const pw_weight &w) { return num_tiles(w) * (kTile / 2); }
 inline int64_t num_groups(const pw_weight &w) { return w.group_size ? divide_up(w.in_features, w.group_size) : 1; }
-
-// The half tile at which a group ends; the padding counts as part of the last one.
-inline int64_t end_of_group(const pw_weight &w, int64_t group) {
-    return group + 1 == num_groups(w) ? num_tiles(w) * 2 : (group + 1) * w.group_size / kHalf;
-}
 
 inline float bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -65,10 +60,18 @@ inline void load_zero_points(const pw_weight &w, int64_t strip, int64_t group, f
     }
 }
 
+// Activations and results are bfloat16, held as their bits, or float32.
+inline float to_float(uint16_t bits) { return bf16_to_float(bits); }
+inline float to_float(float value) { return value; }
+inline void from_float(float value, uint16_t *out) { *out = float_to_bf16(value); }
+inline void from_float(float value, float *out) { *out = value; }
+
 // Adds the bias to one sum and writes it.
+template <class V>
 inline void write_one(const pw_linear_task *task, int64_t row, int64_t output, float sum) {
-    if (task->bias) sum += bf16_to_float(task->bias[output]);
-    task->y[row * task->y_stride + output] = float_to_bf16(sum);
+    typedef typename V::X X;
+    if (task->bias) sum += to_float(((const X *)task->bias)[output]);
+    from_float(sum, (X *)task->y + row * task->y_stride + output);
 }
 
 // How the rows of a product are cut into blocks, and where their packed activations lie:
@@ -112,7 +115,7 @@ void pack_block(const pw_linear_task *task, const Rows<V> &plan, int64_t index) 
     typedef typename V::Pair Pair;
     const pw_weight &w = *task->weight;
     const int64_t rows = plan.rows_in(task, index), padded = plan.padded(rows);
-    const uint16_t *x = task->x + index * plan.block * task->x_stride;
+    const typename V::X *x = (const typename V::X *)task->x + index * plan.block * task->x_stride;
     if (!plan.direct) {
         Pair *pairs = (Pair *)task->packed_x + plan.pair_offset(index);
         V::pack_pairs(x, task->x_stride, rows, padded, w.in_features, plan.pairs, pairs);
@@ -147,8 +150,8 @@ void pack(const pw_linear_task *task, int64_t begin, int64_t end) {
 template <class V>
 inline void write(const pw_linear_task *task, int64_t row, int64_t strip, const float *scales, const float *sums) {
     const int64_t first = strip * kStrip, size = min64(kStrip, task->weight->out_features - first);
-    uint16_t *y = task->y + row * task->y_stride + first;
-    const uint16_t *bias = task->bias ? task->bias + first : nullptr;
+    typename V::X *y = (typename V::X *)task->y + row * task->y_stride + first;
+    const typename V::X *bias = task->bias ? (const typename V::X *)task->bias + first : nullptr;
     V::write(y, size, sums, scales, bias);
 }
 
@@ -162,7 +165,7 @@ __attribute__((noinline)) void few_block(const pw_linear_task *task, const Rows<
     const Pair *x = DIRECT ? (const Pair *)task->x : (const Pair *)task->packed_x + plan.pair_offset(index);
     const int64_t x_stride = task->x_stride / 2;
     const float *x_sums = (const float *)((const char *)task->packed_x + plan.pair_bytes(task)) + plan.sum_offset(index);
-    const int64_t halves = num_tiles(w) * 2;
+    const int64_t halves = num_tiles(w) * 2, per_group = w.group_size / kHalf;
     const D decoder(w);
     const uint8_t *codes = (const uint8_t *)w.qweight + begin * halves * D::kHalfBytes;
     for (int64_t strip = begin; strip < end; ++strip) {
@@ -173,7 +176,8 @@ __attribute__((noinline)) void few_block(const pw_linear_task *task, const Rows<
             for (int c = 0; c < kChains; ++c)
                 for (int m = 0; m < MB; ++m)
                     for (int v = 0; v < V::kVectors; ++v) sums[c][m][v] = V::zero();
-            for (const int64_t stop = end_of_group(w, group); half < stop; ++half) {
+            const int64_t stop = group + 1 < plan.groups ? half + per_group : halves;  // the last one has the padding
+            for (; half < stop; ++half) {
                 typename V::Weights rows8[kHalfPairs][V::kVectors];
                 for (int line = 0; line < D::kHalfBytes; line += 64) __builtin_prefetch(codes + V::kPrefetch + line);
                 decoder.decode(codes, rows8);
@@ -267,11 +271,13 @@ template <class V, class D>
 __attribute__((noinline)) void fill_panel(const pw_weight &w, int64_t strip, int64_t strips,
                                           typename V::Weights *panel) {
     const D decoder(w);
+    const int64_t groups = num_groups(w), per_group = w.group_size / kHalf;
     for (int64_t s = 0; s < strips; ++s)
-        for (int64_t group = 0, half = 0; group < num_groups(w); half = end_of_group(w, group++)) {
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t half = group * per_group, stop = group + 1 < groups ? half + per_group : num_tiles(w) * 2;
             const typename V::WeightScales scales(w, strip + s, w.group_size ? group : -1);
             typename V::Weights *out = panel + (half * kHalfPairs * V::kPanelStrips + s) * V::kVectors;
-            decode_halves<V, D>(decoder, w, strip + s, half, end_of_group(w, group), scales, out);
+            decode_halves<V, D>(decoder, w, strip + s, half, stop, scales, out);
         }
 }
 

@@ -7,11 +7,11 @@
 // A product in progress; any number of workers multiply strips of it.
 struct pw_linear_task {
     const pw_weight *weight;
-    const uint16_t *x;
+    const void *x;  // x, y and bias are of the type that the kernels are made for
     int64_t rows, x_stride;
-    uint16_t *y;
+    void *y;
     int64_t y_stride;
-    const uint16_t *bias;
+    const void *bias;
     int32_t regime;
     void *packed_x;  // filled by pack, read by multiply
 };
@@ -25,6 +25,7 @@ struct pw_encode_task {
 
 struct pw_kernels {
     const char *name;
+    const pw_kernels *floats;  // the same for float32 activations; null if another instruction set has to do it
     // Bytes that packing the activations takes, 0 if they are used where they lie.
     size_t (*packed_bytes)(const pw_linear_task *task);
     // Into how many pieces their packing falls, and the packing of pieces [begin, end).

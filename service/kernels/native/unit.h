@@ -31,10 +31,17 @@ size_t scratch_bytes_of(const pw_linear_task *task) {
 }
 
 template <class V, class Int8, class Table4>
-constexpr pw_kernels kernels_of(const char *name) {
-    return {name,           packed_bytes_of<V>,          pack_pieces_of<V>, pack<V>,
-            scratch_bytes_of<V>, multiply<V, Int8, Table4>, read_words,
-            encoding::encode_scratch_bytes, encoding::encode_strips};
+constexpr pw_kernels kernels_of(const char *name, const pw_kernels *floats = nullptr) {
+    return {name,
+            floats,
+            packed_bytes_of<V>,
+            pack_pieces_of<V>,
+            pack<V>,
+            scratch_bytes_of<V>,
+            multiply<V, Int8, Table4>,
+            read_words,
+            encoding::encode_scratch_bytes,
+            encoding::encode_strips};
 }
 
 }  // namespace
