@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.errors import SettingError
-from service.kernels import native, native_encode, reference
+from service.kernels import native, native_encode, reference, self_check
 from service.kernels.native import Library, NativeWeight
 from service.numerics import encode as torch_encode
 from service.numerics.encode import EncodedWeight
@@ -26,6 +27,7 @@ _TORCH: Final = "torch"
 _BFLOAT16: Final = torch.bfloat16
 _DTYPES: Final = (_BFLOAT16, torch.float32)  # of activations that the library takes
 _FLOAT32_ISAS: Final = ("baseline", "avx2")  # of its kernels for float32, best last
+_wrong: set[str] = set()  # instruction sets whose products were seen to be wrong
 _MAX_WEIGHTS: Final = 1 << 16  # that are kept described, some 300 bytes each
 
 
@@ -72,6 +74,8 @@ def obstacle(isa: str) -> str:
     """Why this machine cannot run the kernels of an instruction set; "" if it can."""
     if isa == _TORCH:
         return ""
+    if isa in _wrong:
+        return "its products were wrong on this machine"
     library, reason = native.load()
     return reason if library is None else library.obstacle(isa)
 
@@ -103,13 +107,17 @@ def _listed(usable: list[str]) -> str:
 _kernels = _Kernels()
 
 
-def select_isa(name: str) -> None:
-    """Compute with these kernels from now on, in all threads.
+def select_isa(name: str, *, is_right: Callable[[Library], bool] = self_check.is_right) -> None:
+    """Compute with these kernels from now on, in all threads, once their products are seen to be right.
 
     Raises:
         SettingError: as `choose`.
     """
     _kernels.use(choose(name))
+    while _kernels.library is not None and not is_right(_kernels.library):
+        logger.error("the kernels %s compute wrong products on this machine; please report it", _kernels.choice.kernel)
+        _wrong.add(_kernels.choice.isa)
+        _kernels.use(choose(name))
     logger.info("kernels: %s (%s)", _kernels.choice.kernel, _kernels.choice.why)
 
 
@@ -147,7 +155,7 @@ def linear(
         library is None
         or x.dtype not in _DTYPES
         or not x.is_cpu
-        or (bias is not None and not (bias.dtype is x.dtype and bias.is_contiguous()))
+        or (bias is not None and not _is_bias_for(x, bias, out_features))
     ):
         return _torch_linear(x, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias)
     in_features = x.shape[-1]
@@ -174,10 +182,13 @@ def linear_unquantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     if (
         library is None
         or x.dtype is not _BFLOAT16
-        or not x.is_cpu
+        or not (x.is_cpu and weight.is_cpu)
         or x.numel() > FEW_ROWS * x.shape[-1]
+        or weight.dtype is not _BFLOAT16
         or not weight.is_contiguous()
-        or (bias is not None and not bias.is_contiguous())
+        or not weight.numel()
+        or weight.shape[1] != x.shape[-1]
+        or (bias is not None and not _is_bias_for(x, bias, len(weight)))
     ):
         return functional.linear(x, weight, bias)
     key = (weight.data_ptr(), *weight.shape)
@@ -198,6 +209,11 @@ def encode(weight: Tensor, scheme: QuantScheme) -> EncodedWeight:
     if library is None or not native_encode.is_encodable(weight):
         return torch_encode.encode(weight, scheme)
     return native_encode.encode(library, weight, scheme)
+
+
+def _is_bias_for(x: Tensor, bias: Tensor, out_features: int) -> bool:
+    """Whether the library can add it; torch takes all else, or says what is wrong."""
+    return bias.dtype is x.dtype and bias.is_cpu and bias.is_contiguous() and bias.shape == (out_features,)
 
 
 def _torch_linear(

@@ -243,4 +243,6 @@ def _raise(status: int) -> None:
         raise QuantizationError(NOT_FINITE)
     if status == _NO_MEMORY:
         raise MemoryError("the kernel library found no memory to work in")
-    raise RuntimeError(f"the kernel library returned status {status}")
+    raise RuntimeError(
+        f"the kernel library ended a call with status {status} of pw_status; --kernel-isa torch does without it"
+    )

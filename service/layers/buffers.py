@@ -52,14 +52,22 @@ class QuantizedModule(nn.Module):
             in_features=in_features,
         )
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x @ W.T + bias: float[..., in] -> float[..., out].
+    def require_width(self, x: Tensor) -> None:
+        """Refuse an input of another width, which would be multiplied with padding or read past its end.
 
         Raises:
             ValueError: x is of another width.
         """
         if x.shape[-1] != self._shape[1]:
             raise ValueError(f"the input is {x.shape[-1]} wide, the weight takes {self._shape[1]}")
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x @ W.T + bias: float[..., in] -> float[..., out].
+
+        Raises:
+            ValueError: x is of another width.
+        """
+        self.require_width(x)
         return dispatch.linear(
             x,
             self.qweight,

@@ -40,11 +40,13 @@ class QuantizedEmbedding(QuantizedModule):
         """int[...] -> float[..., embedding_dim].
 
         Raises:
-            IndexError: an id beyond the vocabulary, on the CPU; elsewhere that would have to wait for the device.
+            IndexError: an id outside of the vocabulary, on the CPU; elsewhere that would have to wait for the device.
         """
         ids = token_ids.reshape(-1)
-        if ids.is_cpu and len(ids) and (largest := int(ids.max())) >= self.num_embeddings:
-            raise IndexError(f"index {largest} is out of bounds for {self.num_embeddings} embeddings")
+        if ids.is_cpu and len(ids):
+            for extreme in map(int, ids.aminmax()):
+                if not 0 <= extreme < self.num_embeddings:
+                    raise IndexError(f"index {extreme} is out of bounds for {self.num_embeddings} embeddings")
         rows = decode_rows(
             self.qweight, self.scales, self.zero_points, ids, scheme=self.scheme, in_features=self.embedding_dim
         )

@@ -65,7 +65,12 @@ class QuantizedExperts(QuantizedModule):
         )
 
     def multiply_expert(self, index: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x @ W.T + bias with one expert: float[rows, in] -> float[rows, out]."""
+        """Compute x @ W.T + bias with one expert: float[rows, in] -> float[rows, out].
+
+        Raises:
+            ValueError: x is of another width.
+        """
+        self.require_width(x)
         return dispatch.linear(
             x, *self._buffers_of(index), scheme=self.scheme, out_features=self.out_features, bias=bias
         )
@@ -133,4 +138,6 @@ def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
     bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
     if isinstance(weight, QuantizedExperts):
         return weight.multiply_expert(expert, x, bias)
-    return functional.linear(x, weight[expert].t() if module.is_transposed else weight[expert], bias)
+    if module.is_transposed:
+        return functional.linear(x, weight[expert].t(), bias)
+    return dispatch.linear_unquantized(x, weight[expert], bias)

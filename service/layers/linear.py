@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
 from service.kernels import dispatch
 from service.layers.buffers import QuantizedModule
-from service.numerics.encode import EncodedWeight
 from service.numerics.schemes import W8A16, QuantScheme
+
+_TENSORS: Final = {"qweight", "scales", "zero_points", "bias"}
 
 
 class QuantizedLinear(QuantizedModule):
@@ -22,7 +23,7 @@ class QuantizedLinear(QuantizedModule):
 
     Attributes:
         fused: gives the result if the layer is computed together with others, or None if it must compute alone; see
-            `fusion`. `fill`, and whatever moves or casts the layer, ends it.
+            `fusion`. Whatever exchanges, moves or casts its tensors ends it.
     """
 
     bias: nn.Parameter | None
@@ -44,10 +45,11 @@ class QuantizedLinear(QuantizedModule):
             return y
         return self.multiply(x, self.bias)
 
-    def fill(self, encoded: EncodedWeight) -> None:
-        """See `QuantizedModule`."""
-        self.fused = None
-        super().fill(encoded)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tensor that takes the place of another ends the fusion."""
+        if name in _TENSORS:
+            self.fused = None
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.fused = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from service.errors import SettingError
-from service.kernels import dispatch, native, reference
+from service.kernels import dispatch, native, reference, self_check
 from service.numerics.encode import EncodedWeight, decode, encode
 from service.numerics.schemes import QuantScheme, parse_scheme
 
@@ -258,3 +258,50 @@ def test_auto_is_the_best_and_says_what_keeps_from_a_better_one() -> None:
     for better in dispatch.ISAS[dispatch.ISAS.index(isa) + 1 :]:
         assert dispatch.obstacle(better) in why
     assert native.load().library is not None or why == native.load().obstacle
+
+
+@pytest.mark.skipif(bool(dispatch.obstacle("baseline")), reason="there is no kernel library")
+def test_kernels_whose_products_are_wrong_give_way_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    best = dispatch.choose("auto").isa
+    try:
+        dispatch.select_isa("auto", is_right=lambda _: dispatch.kernel_name() != f"native-{best}")
+        assert dispatch.kernel_name() != f"native-{best}"
+        assert f"native-{best} compute wrong products" in caplog.text
+        with pytest.raises(SettingError, match=f"--kernel-isa {best}: its products were wrong on this machine"):
+            dispatch.select_isa(best)
+    finally:
+        dispatch._wrong.clear()
+        dispatch.select_isa("auto")
+
+
+@pytest.mark.parametrize("error", [0.0, 0.02, torch.nan])
+def test_the_check_of_products_notices_two_percent_and_nan(error: float) -> None:
+    def multiply(x: Tensor, encoded: EncodedWeight, scheme: QuantScheme) -> Tensor:
+        y = dispatch.linear(x, *encoded[:3], scheme=scheme, out_features=65, bias=None)
+        return y * (1 + error)
+
+    assert self_check.agrees(multiply) == (error == 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (torch.ones(1, 48, dtype=torch.bfloat16), torch.ones(8, 64, dtype=torch.bfloat16), None),
+        (torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(8, 64), None),
+        (torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(8)),
+        (torch.ones(1, 64, dtype=torch.bfloat16), torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(5).bfloat16()),
+    ],
+    ids=["width", "dtype", "dtype of the bias", "length of the bias"],
+)
+def test_unquantized_operands_that_do_not_fit_are_refused_by_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    with pytest.raises(RuntimeError):
+        dispatch.linear_unquantized(x, weight, bias)
+
+
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_a_bias_of_another_length_is_refused(isa: str, num_rows: int) -> None:
+    case = make_case("w8a16", 33, 96)
+    with pytest.raises(RuntimeError, match="size"):
+        case.linear(normal(num_rows, 96).bfloat16(), torch.ones(5, dtype=torch.bfloat16))

@@ -179,7 +179,7 @@ def test_read_sums_every_word_once(library: Library, isa: str, num_words: int) -
 
 @needs_library
 def test_bytes_that_are_no_words_are_refused(library: Library) -> None:
-    with pytest.raises(RuntimeError, match="returned status 1"):
+    with pytest.raises(RuntimeError, match="ended a call with status 1"):
         library.read(torch.zeros(9, dtype=torch.uint8))
 
 

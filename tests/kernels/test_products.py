@@ -6,8 +6,8 @@ place of float32 and of bfloat16, relative):
     products        of two bfloat16 are exact in float32; of float32 activations, off by u |x_k l_k|
     sums            of K of them, in any order, are off by at most K u sum |x_k l_k|; the zero points' share
                     z sum x_k likewise, and the 3 roundings of each of G groups (offset, scale, addition) by 3 u
-    levels          of nf4 and fp4 are rounded to bfloat16: v |w_k|
-    panels          hold weights of groups that are rounded to bfloat16 once more: v |w_k|
+    levels          of nf4 and fp4 are rounded to bfloat16 by AVX-512 and AMX: v |w_k|
+    panels          of these two, of more than 16 rows, hold weights of groups that are rounded once more: v |w_k|
     flushes         pairs of products below 2^-126 count as 0: K 2^-126
     result          rounded to bfloat16: v |y|
 
@@ -34,6 +34,7 @@ LIBRARY = native.load().library
 ISAS = [] if LIBRARY is None else [isa for isa in LIBRARY.isas if not LIBRARY.obstacle(isa)]
 SCHEMES = ["w8a16", "w8a16-g16", "w8a16-g128", "w4a16-g64", "w4a16-g32-sym", "w4a16-g1024", "nf4", "fp4"]
 SIZES = [(1, 1), (15, 33), (16, 32), (17, 96), (48, 100), (576, 576), (33, 4095)]  # (out, in)
+FEW_ROWS = 16  # of AVX-512; AMX has a panel from 65 rows on
 ROWS = [1, 2, 3, 4, 5, 8, 13, 16, 17, 33, 70, 130]  # of every loop: few, some, panels whole and in part
 
 
@@ -89,7 +90,9 @@ class Case:
         v = V if x.dtype == torch.bfloat16 else U
         groups = 1 if not self.scheme.group_size else -(-self.in_features // self.scheme.group_size)
         sums = (self.in_features + 3 * groups + 2) * U * (magnitude @ self.spans().T)
-        num_rounded = bool(self.scheme.codebook) + 2 * bool(self.scheme.group_size)
+        pairs = dispatch.kernel_name("cpu", x.dtype) in ("native-avx512", "native-amx")  # else nothing is rounded
+        is_panel = len(x) > FEW_ROWS and bool(self.scheme.group_size)
+        num_rounded = pairs * (bool(self.scheme.codebook) + is_panel) if x.dtype == torch.bfloat16 else 2
         rounded = num_rounded * v * (magnitude @ self.weights().abs().T)
         inner = sums + rounded + self.in_features * 2.0**-126
         return inner + v * (expected.abs() + inner)

@@ -145,3 +145,19 @@ def test_an_unquantized_linear_has_the_parameters_and_results_of_the_one_it_repl
         expected, y = linear(x), layer(x)
     # Both round float32 sums once to bfloat16; near a tie they may fall to neighbours, 2^-7 apart.
     assert (y - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+@pytest.mark.parametrize("how", ["assigned", "loaded"])
+def test_exchanged_tensors_end_a_fusion(how: str) -> None:
+    layers = [filled("w8a16", dtype=torch.bfloat16) for _ in range(2)]
+    x = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fused = [lambda x: x] * 2
+    for layer, call in zip(layers, fused, strict=True):
+        layer.fused = call
+    assert layers[0](x) is x
+    if how == "assigned":
+        layers[0].qweight = layers[0].qweight.clone()
+    else:
+        layers[0].load_state_dict(layers[1].state_dict(), assign=True)
+    assert layers[0].fused is None
+    assert layers[0](x).shape == (2, 33)

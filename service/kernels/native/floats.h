@@ -1,5 +1,5 @@
 // Vectors of float32 for any processor: pairs of products are kept apart until a sum is complete, lane by lane.
-// kLanes floats make a vector, 4 for 16-byte registers, 8 for AVX2.
+// LANES floats make a vector, 4 for 16-byte registers, 8 for AVX2.
 #pragma once
 #include "linear.h"
 

@@ -28,7 +28,8 @@ enum pw_status { PW_OK = 0, PW_BAD_ARGUMENT = 1, PW_NO_MEMORY = 2, PW_NO_THREADS
 
 // S = strips = ceil(out / 16), T = tiles = ceil(in / 32), G = groups = ceil(in / group_size), or 1 for whole rows.
 typedef struct pw_weight {
-    const void *qweight;          // PW_INT8: int8[S][T * 512]; PW_TABLE4: uint8[S][T * 256]; PW_BF16: bf16[out][in]
+    const void *qweight;          // PW_INT8: int8[S][T * 512] in -127..127; PW_TABLE4: uint8[S][T * 256];
+                                  // PW_BF16: bf16[out][in]
     const void *scales;           // whole rows: [S * 16]; groups: [S][G][16]; PW_BF16: null
     const uint8_t *zero_points;   // [S][G][8], or null; not for whole rows
     const float *levels;          // PW_TABLE4: [16], what the codes stand for, rounded to bf16 where pairs of it are

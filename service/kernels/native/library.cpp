@@ -8,7 +8,9 @@
 namespace {
 
 constexpr int64_t kStripRows = 16, kTileColumns = 32;
-constexpr int64_t kMaxSize = (int64_t)1 << 40;    // of a dimension or a stride, so that products of three fit
+constexpr int64_t kMaxSize = (int64_t)1 << 20;    // of a dimension, so that products of three fit
+constexpr int64_t kMaxStride = (int64_t)1 << 40;
+constexpr size_t kKeptBytes = 32 << 20;  // of packed activations, from one call to the next
 constexpr int64_t kAloneBytes = 64 << 10;         // below it waking another thread costs more than it saves
 constexpr int64_t kChunkBytes = 32 << 10;         // the least that a worker takes at a time
 constexpr int64_t kReadChunkBytes = 1 << 20;
@@ -62,7 +64,6 @@ const Isa *selected_isa() {
     if (isa) return isa;
     isa = kIsas;
     while (*isa->obstacle()) ++isa;  // the last has none
-    isa->kernels();  // makes the table, before other threads see it
     const Isa *expected = nullptr;
     return selected.compare_exchange_strong(expected, isa) ? isa : expected;
 }
@@ -129,6 +130,7 @@ int run_linear(LinearJob &job) {
     job.scratch_bytes = job.kernels->scratch_bytes(&job.task);
     const int status = pool.run(clamp(job.chunks.count, 1, threads), multiply_chunks, &job);
     if (status != PW_OK) return status;
+    trim_buffer(kPackedX, kKeptBytes);
     return job.chunks.all_taken() ? PW_OK : PW_NO_MEMORY;
 }
 
@@ -217,7 +219,7 @@ int pw_linear(const pw_weight *weight, const void *x, int64_t rows, int64_t x_st
     if (rows == 0) return PW_OK;
     if (!is_valid(weight) || !x || !y || !is_size(rows) || regime < PW_AUTO || regime > PW_PANEL) return PW_BAD_ARGUMENT;
     if (rows > 1 && (x_stride < weight->in_features || y_stride < weight->out_features)) return PW_BAD_ARGUMENT;
-    if (x_stride > kMaxSize || y_stride > kMaxSize) return PW_BAD_ARGUMENT;
+    if (x_stride > kMaxStride || y_stride > kMaxStride) return PW_BAD_ARGUMENT;
     if (dtype != PW_BFLOAT16 && (dtype != PW_FLOAT32 || weight->format == PW_BF16)) return PW_BAD_ARGUMENT;
     LinearJob job{};
     job.kernels = kernels_for(dtype);
@@ -280,7 +282,6 @@ const char *pw_isa_obstacle(const char *name) {
 int pw_select(const char *name) {
     const Isa *isa = find_isa(name);
     if (!isa || *isa->obstacle()) return PW_BAD_ARGUMENT;
-    isa->kernels();
     selected.store(isa, std::memory_order_release);
     return PW_OK;
 }

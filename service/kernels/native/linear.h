@@ -1,5 +1,5 @@
-// Products with packed weights, for any vector set V (vectors_*.h) and dequantizer D. Included by one unit per
-// instruction set, inside its anonymous namespace.
+// Products with packed weights, for any set of vectors V (avx512.h, floats.h) and dequantizer D. All of it is in an
+// anonymous namespace: each unit has its own, compiled for its instruction set.
 //
 // Two loops, both over strips of 16 outputs:
 //   few rows   each half tile is decoded once in registers and multiplied with up to V::kFewRows rows of activations;
@@ -7,8 +7,9 @@
 //   panel      V::kPanelStrips strips are decoded to a panel that stays in the L2, which all rows then pass, in blocks of
 //              V::kPanelRows; weights of groups are scaled on their way there
 //
-// V: X (type of activations and results), Weights (kVectors hold one decoded row: columns 2r and 2r+1 of 16 outputs), Sums (their accumulators), Pair (two
-// activations, as `multiply_add` broadcasts them). D: `decode` turns a half tile, 16 columns, into 8 such rows.
+// V: X (type of activations and results), Weights (kVectors hold one decoded row: columns 2r and 2r+1 of 16 outputs),
+// Sums (their accumulators), Pair (two activations, as `multiply_add` broadcasts them).
+// D: `decode` turns a half tile, 16 columns, into 8 such rows.
 #pragma once
 #include "table.h"
 

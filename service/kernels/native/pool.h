@@ -69,12 +69,21 @@ void *thread_buffer(BufferUse use, size_t size) {
         }
     }
     if (size > buffers->size[use] || !buffers->data[use]) {
-        const size_t rounded = (size + 4095) / 4096 * 4096 + 4096 * (size == 0);
+        const size_t rounded = (size + 4095) / 4096 * 4096;
         free(buffers->data[use]);
         buffers->data[use] = aligned_alloc(64, rounded);
         buffers->size[use] = buffers->data[use] ? rounded : 0;
     }
     return buffers->data[use];
+}
+
+// Frees a buffer of the calling thread that has grown beyond `kept` bytes.
+void trim_buffer(BufferUse use, size_t kept) {
+    Buffers *buffers = has_buffers_key ? (Buffers *)pthread_getspecific(buffers_key) : nullptr;
+    if (!buffers || buffers->size[use] <= kept) return;
+    free(buffers->data[use]);
+    buffers->data[use] = nullptr;
+    buffers->size[use] = 0;
 }
 
 }  // namespace
