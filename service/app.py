@@ -293,6 +293,8 @@ def _make_engine(
         max_queue=settings.max_queue,
         vocab_size=loaded.vocab_size,
         num_threads=num_threads,
+        prefix_cache=settings.prefix_cache == "on",
+        step_budget_ms=settings.step_budget_ms,
     )
     return Engine(loaded.model, config, observer=state.metrics, deliver=state.router.deliver)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from service.errors import SettingError
 from service.reports.bench_options import KernelBench
 from service.reports.machine import thread_limits
 from service.settings import Settings
@@ -29,7 +30,7 @@ def bench_kernels(bench: KernelBench, settings: Settings, *, as_json: bool) -> i
     """Measure the kernels, print the figures, and write them if a file was named; returns the exit code.
 
     Raises:
-        SettingError: a shape does not fit into memory.
+        SettingError: a weight does not fit into memory, or the file can no longer be written.
     """
     from service.reports.bench_kernels import measure
     from service.reports.bench_table import print_report, terminal_progress
@@ -38,10 +39,16 @@ def bench_kernels(bench: KernelBench, settings: Settings, *, as_json: bool) -> i
     with terminal_progress() as on_progress:
         report = measure(bench, num_threads=num_threads, kernel_isa=settings.kernel_isa, on_progress=on_progress)
     text = json.dumps(report.as_dict(), indent=2)
-    if bench.output is not None:
-        bench.output.write_text(text + "\n", encoding="utf-8")
     if as_json:
         print(text)
     else:
         print_report(report)
+    if bench.output is not None:  # last: minutes of measuring are not lost with it
+        try:
+            bench.output.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SettingError(
+                f"--output {bench.output}: {error.strerror}; it must be a file that can be written: "
+                "keep what was printed, or name another and measure again"
+            ) from error
     return 0

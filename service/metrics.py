@@ -74,6 +74,8 @@ class Metrics(Collector):
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self.generated_tokens = self._counter("generated_tokens", "Generated tokens delivered to requests.")
         self._engine_tokens = self._counter("engine_tokens", "Tokens computed by the engine.")
+        self._hit_tokens = self._counter("prefix_cache_hit_tokens", "Prompt tokens that the prefix cache had.")
+        self._preemptions = self._counter("preemptions", "Sequences sent back to the queue for want of KV blocks.")
         self._step_errors = self._counter("step_errors", "Engine steps that raised.")
         self._nonfinite = self._counter("nonfinite_logits", "Sequences that had NaN or infinite logits.")
         self._queue_s = self._histogram("request_queue_seconds", "Submit to first scheduled.", _FIRST_TOKEN_BUCKETS)
@@ -106,6 +108,8 @@ class Metrics(Collector):
         self._batch_sequences.observe(stats.num_sequences)
         self._batch_tokens.observe(stats.num_tokens)
         self._engine_tokens.inc(stats.num_tokens)
+        self._hit_tokens.inc(stats.num_hit_tokens)
+        self._preemptions.inc(stats.num_preempted)
         for seconds in stats.inter_token_s:
             self._inter_token_s.observe(seconds)
         for seconds in stats.first_token_s:
@@ -163,11 +167,14 @@ class Metrics(Collector):
 
 
 def _engine_gauges(state: EngineState) -> Iterator[Metric]:
-    used = state.num_kv_blocks - state.num_free_kv_blocks
+    cached, free = state.num_cached_kv_blocks, state.num_free_kv_blocks
+    used = state.num_kv_blocks - cached - free
     yield _gauge("requests_running", "Sequences that the engine computes.", state.num_running)
     yield _gauge("requests_waiting", "Sequences in the queue.", state.num_waiting)
-    yield _family("kv_blocks", "KV blocks.", "state", {"used": used, "free": state.num_free_kv_blocks})
-    yield _gauge("kv_utilization_ratio", "Share of the KV blocks in use.", used / max(1, state.num_kv_blocks))
+    yield _family("kv_blocks", "KV blocks.", "state", {"used": used, "cached": cached, "free": free})
+    yield _gauge(
+        "kv_utilization_ratio", "Share of the KV blocks that sequences hold.", used / max(1, state.num_kv_blocks)
+    )
     if state.last_step_at is not None:
         yield _gauge("last_step_timestamp_seconds", "Unix time of the last finished step.", state.last_step_at)
 

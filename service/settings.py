@@ -15,7 +15,7 @@ from service.errors import SettingError
 LATER_SETTINGS = frozenset(
     {
         *("api_keys", "api_keys_file", "cache_limit", "cors_origin", "deterministic", "fidelity", "kv_cache", "max_kl"),
-        *("memory", "prefix_cache", "queue_timeout", "request_timeout", "step_budget_ms", "twin", "verify"),
+        *("memory", "queue_timeout", "request_timeout", "twin", "verify"),
     }
 )
 """Names that are kept for other versions."""
@@ -80,9 +80,15 @@ class Settings(BaseModel):
     ] = None
     max_num_seqs: Annotated[int, Field(ge=1, le=4096, description="sequences computed together")] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=2**20, description="tokens of one step")] = 512
+    step_budget_ms: Annotated[
+        int, Field(ge=1, le=60000, description="milliseconds of a step that computes a prompt beside decodes")
+    ] = 50
     kv_memory: Annotated[
         Size | None, Field(description="memory for keys and values, such as 64MiB; default: worked out")
     ] = None
+    prefix_cache: Annotated[
+        Literal["on", "off"], Field(description="keep what prompts left in the KV memory, for others that begin alike")
+    ] = "on"
     max_queue: Annotated[int, Field(ge=1, le=2**20, description="sequences that may wait")] = 256
     drain_timeout: Annotated[
         float, Field(ge=0, le=86400, allow_inf_nan=False, description="seconds for running requests at the end")

@@ -20,6 +20,7 @@ SPECIAL_VALUES = {
     "device": "cpu",
     "dtype": "float32",
     "log_format": "json",
+    "prefix_cache": "off",
     "trust_remote_code": "true",
 }
 

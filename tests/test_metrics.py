@@ -46,7 +46,8 @@ STATE = EngineState(
     num_running=2,
     num_waiting=3,
     num_kv_blocks=8,
-    num_free_kv_blocks=6,
+    num_free_kv_blocks=5,
+    num_cached_kv_blocks=1,
     block_size=16,
     kv_cache_bytes=4096,
     last_step_at=1700000000.0,
@@ -61,6 +62,8 @@ STEP = StepStats(
     inter_token_s=(0.003, 0.004),
     first_token_s=(0.5,),
     queue_s=(0.1,),
+    num_hit_tokens=32,
+    num_preempted=1,
 )
 TIMINGS = SequenceTimings(queue_s=0.1, first_token_s=0.5, total_s=0.7)
 
@@ -136,7 +139,7 @@ def test_the_gauges_of_the_engine_are_read_at_the_scrape(metrics: Metrics) -> No
     _load(metrics)
     samples = _samples(metrics)
     assert (samples["requests_running"], samples["requests_waiting"]) == (2, 3)
-    assert (samples["kv_blocks{state=used}"], samples["kv_blocks{state=free}"]) == (2, 6)
+    assert [samples[f"kv_blocks{{state={name}}}"] for name in ("used", "cached", "free")] == [2, 1, 5]
     assert samples["kv_utilization_ratio"] == 0.25
     assert samples["memory_bytes{kind=kv_cache}"] == 4096
     assert samples["last_step_timestamp_seconds"] == 1700000000
@@ -174,6 +177,8 @@ def test_a_step_is_counted_once_in_each_series(metrics: Metrics) -> None:
     samples = _samples(metrics)
     assert samples["engine_tokens_total"] == samples["batch_tokens_sum"] == 40
     assert samples["batch_sequences_sum"] == 3
+    assert samples["prefix_cache_hit_tokens_total"] == 32
+    assert samples["preemptions_total"] == 1
     assert samples["step_seconds_sum{kind=mixed}"] == 0.02
     assert samples["inter_token_seconds_count"] == 2
     assert samples["time_to_first_token_seconds_sum"] == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -31,11 +32,17 @@ def chat_router(state: ServiceState) -> APIRouter:
                 head = head_of_answer("chatcmpl", "chat.completion.chunk", state.model_name)
                 writer = _ChatChunks(head, generation, body)
                 return await open_stream(generation, render=writer.render, last_event=writer.last_event)
-            (result,) = await generation.results()
-            message = {"role": "assistant", "content": result.text, "refusal": None}
-            choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": result.finish_reason}
+            choices = [
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": result.text, "refusal": None},
+                    "logprobs": generation.logprobs.chat(result.scores) if body.logprobs else None,
+                    "finish_reason": result.finish_reason,
+                }
+                for index, result in enumerate(await generation.results())
+            ]
             head = head_of_answer("chatcmpl", "chat.completion", state.model_name)
-            return JSONResponse(head | {"choices": [choice], "usage": usage_of(generation)})
+            return JSONResponse(head | {"choices": choices, "usage": usage_of(generation)})
 
     return router
 
@@ -57,18 +64,24 @@ async def encode_chat(served: ServedModel, messages: Sequence[Message]) -> list[
 
 
 class _ChatChunks(ChunkWriter):
-    _has_begun = False
+    def __init__(self, head: dict[str, Any], generation: Generation, body: ChatRequest) -> None:
+        super().__init__(head, generation, body)
+        self._num_choices = body.n or 1
+        self._has_begun = False
 
     def render(self, deltas: list[Delta]) -> bytes:
-        """As for every stream, after a first event that says who speaks."""
+        """As for every stream, after a first event of each choice that says who speaks."""
         events = super().render(deltas)
         if self._has_begun:
             return events
         self._has_begun = True
-        return self.event(0, '"delta": {"role": "assistant", "content": ""}', None).encode("ascii") + events
+        role = '"delta": {"role": "assistant", "content": ""}'
+        roles = "".join(self.event(index, role, None) for index in range(self._num_choices))
+        return roles.encode("ascii") + events
 
     def events(self, delta: Delta) -> str:
         content = f'"delta": {{"content": {json.dumps(delta.text)}}}'
-        text = self.event(delta.index, content, None) if delta.text else ""
+        logprobs = json.dumps(self._generation.logprobs.chat(delta.scores) if delta.scores else None)
+        text = self.event(delta.index, content, None, logprobs=logprobs) if delta.text or delta.scores else ""
         end = self.event(delta.index, '"delta": {}', delta.finish_reason) if delta.finish_reason else ""
         return text + end

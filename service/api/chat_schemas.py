@@ -8,10 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from pydantic_core import PydanticCustomError
 
 from service.api.schemas import (
+    LogprobFields,
     Name,
-    OnlyFalse,
     OnlyNull,
-    OnlyZero,
     OpenAIFields,
     StrictBool,
     Text,
@@ -69,14 +68,12 @@ class Message(BaseModel):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class ChatRequest(OpenAIFields):
+class ChatRequest(LogprobFields, OpenAIFields):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
     max_completion_tokens: TokenCount | None = None
 
-    logprobs: OnlyFalse = None
-    top_logprobs: OnlyZero = None
     response_format: Annotated[Any, AfterValidator(only({"type": "text"}))] = None
     modalities: Annotated[Any, AfterValidator(only(["text"]))] = None
     tools: OnlyEmptyList = None

@@ -56,9 +56,10 @@ class ChunkWriter(ABC):
     def events(self, delta: Delta) -> str:
         """Events of one delta; none if there is nothing to tell."""
 
-    def event(self, index: int, content: str, finish_reason: str | None) -> str:
-        """One event of a choice; `content` is JSON of the fields that are its own."""
+    def event(self, index: int, content: str, finish_reason: str | None, *, logprobs: str = "null") -> str:
+        """One event of a choice; `content` is JSON of the fields that are its own, `logprobs` JSON too."""
         reason = "null" if finish_reason is None else f'"{finish_reason}"'
         return (
-            f'{self._before_index}{index}, {content}, "logprobs": null, "finish_reason": {reason}{self._after_choice}'
+            f'{self._before_index}{index}, {content}, "logprobs": {logprobs}, "finish_reason": {reason}'
+            f"{self._after_choice}"
         )

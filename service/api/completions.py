@@ -30,7 +30,12 @@ def completions_router(state: ServiceState) -> APIRouter:
                 writer = _CompletionChunks(head, generation, body)
                 return await open_stream(generation, render=writer.render, last_event=writer.last_event)
             choices = [
-                {"index": index, "text": result.text, "logprobs": None, "finish_reason": result.finish_reason}
+                {
+                    "index": index,
+                    "text": result.text,
+                    "logprobs": None if body.logprobs is None else generation.logprobs.completion(result.scores),
+                    "finish_reason": result.finish_reason,
+                }
                 for index, result in enumerate(await generation.results())
             ]
             return JSONResponse(head | {"choices": choices, "usage": usage_of(generation)})
@@ -42,4 +47,5 @@ class _CompletionChunks(ChunkWriter):
     def events(self, delta: Delta) -> str:
         if not delta.text and delta.finish_reason is None:
             return ""
-        return self.event(delta.index, f'"text": {json.dumps(delta.text)}', delta.finish_reason)
+        logprobs = json.dumps(self._generation.logprobs.completion(delta.scores) if delta.scores else None)
+        return self.event(delta.index, f'"text": {json.dumps(delta.text)}', delta.finish_reason, logprobs=logprobs)

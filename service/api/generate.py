@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from service.api.generation import Delta, Generation, Result, open_stream
+from service.api.logprobs import LogprobWriter, TokenScore
 from service.api.schemas import GenerateRequest, Prompt
 from service.api.state import ServiceState
 from service.engine.sequence import SequenceTimings
@@ -24,18 +25,23 @@ def generate_router(state: ServiceState) -> APIRouter:
 
     @router.post("/generate", response_model=None)
     async def generate(body: GenerateRequest, request: Request) -> Response:
-        """Continue `prompt`, `token_ids`, or each of `prompts`; without `max_tokens` to the end of the context."""
+        """Continue `prompt`, `token_ids`, or each of `prompts`; without `max_tokens` to the end of the context.
+
+        The answer is one result, or with `prompts` or an `n` above 1 a list of them.
+        """
         prompts, param = _prompts_of(body)
         head = {"model": state.model_name, "scheme": state.scheme}
         with Generation(state, state.require_served(body.model)) as generation:
             await generation.start(prompts, body, param=param, default_max_tokens=None)
             generation.watch(request)
+            writer = generation.logprobs if body.logprobs else None
             if body.stream:
                 return await open_stream(
-                    generation, render=lambda deltas: _events(head, deltas), last_event=lambda: b""
+                    generation, render=lambda deltas: _events(head, deltas, writer), last_event=lambda: b""
                 )
-            results = [head | _result(result) for result in await generation.results()]
-            return JSONResponse(results[0] if body.prompts is None else head | {"results": results})
+            results = [head | _result(result, writer) for result in await generation.results()]
+            is_single = body.prompts is None and body.n in (None, 1)
+            return JSONResponse(results[0] if is_single else head | {"results": results})
 
     return router
 
@@ -53,8 +59,8 @@ def _prompts_of(body: GenerateRequest) -> tuple[list[Prompt], str]:
     return (value if body.prompts is not None else [value]), given[0]
 
 
-def _result(result: Result) -> dict[str, Any]:
-    return {
+def _result(result: Result, writer: LogprobWriter | None) -> dict[str, Any]:
+    return _logprobs(result.scores, writer) | {
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
@@ -64,16 +70,22 @@ def _result(result: Result) -> dict[str, Any]:
     }
 
 
-def _events(head: dict[str, str], deltas: list[Delta]) -> bytes:
+def _events(head: dict[str, str], deltas: list[Delta], writer: LogprobWriter | None) -> bytes:
     """One event for each delta; the last of a choice has the reason, the timings and the scheme as well."""
-    return "".join(f"data: {json.dumps(_delta(head, delta))}\n\n" for delta in deltas).encode("ascii")
+    return "".join(f"data: {json.dumps(_delta(head, delta, writer))}\n\n" for delta in deltas).encode("ascii")
 
 
-def _delta(head: dict[str, str], delta: Delta) -> dict[str, Any]:
+def _delta(head: dict[str, str], delta: Delta, writer: LogprobWriter | None) -> dict[str, Any]:
     event = {"index": delta.index, "text": delta.text, "token_ids": delta.token_ids}
+    event |= _logprobs(delta.scores, writer)
     if delta.timings is None:
         return event
     return event | head | {"finish_reason": delta.finish_reason, "timings": _timings(delta.timings)}
+
+
+def _logprobs(scores: tuple[TokenScore, ...], writer: LogprobWriter | None) -> dict[str, Any]:
+    """The field of log-probabilities, if they are asked for."""
+    return {} if writer is None else {"logprobs": writer.native(scores)}
 
 
 def _timings(timings: SequenceTimings) -> dict[str, float | None]:

@@ -13,16 +13,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import ClientDisconnected, error_bytes, internal_error
+from service.api.logprobs import LogprobWriter, ScoreQueue, TokenScore
 from service.api.logs import REQUEST_ID
+from service.api.sampling import sampling_params, with_seed_of
 from service.api.schemas import Prompt, SamplingFields
 from service.api.state import ServedModel, ServiceState
 from service.api.streams import Inbox
 from service.api.text import TextStream
-from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
+from service.engine.sequence import FinishReason, SequenceEvent, SequenceTimings
 from service.errors import (
     EngineFailure,
     InvalidRequest,
-    PromptTooLong,
     QueueFull,
     RequestError,
     ServiceFailed,
@@ -31,6 +32,8 @@ from service.errors import (
 
 logger = logging.getLogger(__name__)
 
+MAX_SEQUENCES = 256
+"""Of one request: prompts times choices of each."""
 _DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -40,6 +43,7 @@ class Delta:
     """What one event brought for one choice.
 
     Attributes:
+        scores: of the tokens that begin in this text or an earlier one and were not told yet, if they are asked for.
         finish_reason: `stop` or `length` in the last delta of a choice.
         timings: with `finish_reason`.
     """
@@ -47,6 +51,7 @@ class Delta:
     index: int
     text: str
     token_ids: tuple[int, ...]
+    scores: tuple[TokenScore, ...]
     finish_reason: str | None
     timings: SequenceTimings | None
 
@@ -57,6 +62,7 @@ class Result:
 
     text: str
     token_ids: tuple[int, ...]
+    scores: tuple[TokenScore, ...]
     finish_reason: str
     num_prompt_tokens: int
     timings: SequenceTimings
@@ -67,12 +73,17 @@ class _Choice:
     index: int
     num_prompt_tokens: int
     text: TextStream
+    scores: ScoreQueue
 
 
 class Generation:
-    """Runs a request's prompts in the engine, one choice for each, and yields what comes back.
+    """Runs a request's prompts in the engine, `n` choices for each, and yields what comes back.
 
     A context manager that closes at the end, whatever happened, unless a stream has taken it over.
+
+    Attributes:
+        logprobs: writes the scores of the choices.
+        num_prompt_tokens: of all prompts, each once.
     """
 
     def __init__(self, state: ServiceState, served: ServedModel) -> None:
@@ -83,6 +94,7 @@ class Generation:
         self._open: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._is_streamed = False
+        self.logprobs = LogprobWriter(served.codec)
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
 
@@ -98,7 +110,7 @@ class Generation:
     async def start(
         self, prompts: Sequence[Prompt], fields: SamplingFields, *, param: str, default_max_tokens: int | None
     ) -> None:
-        """Tokenize and submit all prompts.
+        """Tokenize and submit all prompts; choices come in the order of prompts, those of one side by side.
 
         `param` is the request's field that holds the prompts, for errors; `default_max_tokens` is taken where
         the request has none, and None is the rest of the context.
@@ -106,11 +118,27 @@ class Generation:
         Raises:
             RequestError: a prompt is refused; closing takes back the others.
         """
+        num_choices = fields.n or 1
+        if num_choices * len(prompts) > MAX_SEQUENCES:
+            raise InvalidRequest(
+                f"n is {num_choices} and there are {len(prompts)} prompts, which makes {num_choices * len(prompts)} "
+                f"texts; at most {MAX_SEQUENCES} are allowed; lower n or send fewer prompts",
+                param="n",
+                code="invalid_value",
+            )
         codec = self._served.codec
         all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
-        all_params = [self._sampling_params(fields, len(ids), param, default_max_tokens) for ids in all_ids]
+        all_params = [
+            sampling_params(fields, self._served, len(ids), param=param, default_max_tokens=default_max_tokens)
+            for ids in all_ids
+        ]
         request_id = f"{REQUEST_ID.get()}-{uuid.uuid4().hex[:8]}"  # clients may send one id twice
-        for index, (prompt_ids, params) in enumerate(zip(all_ids, all_params, strict=True)):
+        choices = (
+            (prompt_ids, with_seed_of(params, number))
+            for prompt_ids, params in zip(all_ids, all_params, strict=True)
+            for number in range(num_choices)
+        )
+        for index, (prompt_ids, params) in enumerate(choices):
             sequence_id = f"{request_id}-{index}"
             try:
                 self._served.engine.submit(sequence_id, prompt_ids, params)
@@ -123,8 +151,8 @@ class Generation:
             self._state.router.open(sequence_id, self._inbox)
             self._open.add(sequence_id)
             text = TextStream(codec, prompt_ids, fields.stop)
-            self._choices[sequence_id] = _Choice(index, len(prompt_ids), text)
-            self.num_prompt_tokens += len(prompt_ids)
+            self._choices[sequence_id] = _Choice(index, len(prompt_ids), text, ScoreQueue())
+        self.num_prompt_tokens = sum(map(len, all_ids))
         self._state.metrics.prompt_tokens.inc(self.num_prompt_tokens)
 
     def watch(self, request: Request) -> None:
@@ -174,36 +202,6 @@ class Generation:
             self._served.engine.abort(sequence_id, FinishReason.ABORT)
         self._open.clear()
 
-    def _sampling_params(
-        self, fields: SamplingFields, num_prompt_tokens: int, param: str, default_max_tokens: int | None
-    ) -> SamplingParams:
-        context, vocab_size = self._served.max_model_len, self._served.vocab_size
-        if fields.top_k is not None and fields.top_k > vocab_size:
-            raise InvalidRequest(
-                f"top_k is {fields.top_k}; the vocabulary has {vocab_size} tokens; use 0 (all) to {vocab_size}",
-                param="top_k",
-                code="invalid_value",
-            )
-        rest = context - num_prompt_tokens
-        limit_field, limit = fields.token_limit()
-        max_tokens = limit or max(1, rest if default_max_tokens is None else min(rest, default_max_tokens))
-        if max_tokens > rest:
-            raise PromptTooLong(
-                f"{num_prompt_tokens} prompt tokens and {max_tokens} new ones make {num_prompt_tokens + max_tokens}; "
-                f"the context is {context} tokens; shorten the prompt or lower {limit_field}",
-                param=param if rest < 1 else limit_field,
-                code="context_length_exceeded",
-            )
-        defaults = self._served.sampling_defaults
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=defaults.temperature if fields.temperature is None else fields.temperature,
-            top_k=defaults.top_k if fields.top_k is None else fields.top_k,
-            top_p=defaults.top_p if fields.top_p is None else fields.top_p,
-            seed=fields.seed,
-            stop_token_ids=self._served.eos_token_ids,
-        )
-
     async def _abort_on_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -222,19 +220,21 @@ class Generation:
         if was_stopped:
             token_ids = ()
         elif token_ids:
-            text = choice.text.push(token_ids)
+            text = _push(choice, event)
             self.num_generated_tokens += len(token_ids)
             self._state.metrics.generated_tokens.inc(len(token_ids))
             if choice.text.stopped and reason is None:
                 self._served.engine.abort(event.request_id, FinishReason.STOP)
         if reason is None:
-            return Delta(choice.index, text, token_ids, None, None) if token_ids else None
+            scores = choice.scores.take(text, all_text=False)
+            return Delta(choice.index, text, token_ids, scores, None, None) if token_ids else None
         self._open.discard(event.request_id)
         if reason not in (FinishReason.STOP, FinishReason.LENGTH) and not was_stopped:
             raise _failure(reason, event.error)
         text += choice.text.finish()
         reason = FinishReason.STOP if choice.text.stopped else reason
-        return Delta(choice.index, text, token_ids, str(reason), event.timings)
+        scores = choice.scores.take(text, all_text=not choice.text.stopped)
+        return Delta(choice.index, text, token_ids, scores, str(reason), event.timings)
 
 
 class EventStream(Response):
@@ -305,6 +305,17 @@ async def open_stream(
     return EventStream(generation, deltas, first=first, render=render, last_event=last_event)
 
 
+def _push(choice: _Choice, event: SequenceEvent) -> str:
+    """The text that an event's tokens set free."""
+    if not event.logprobs:
+        return choice.text.push(event.token_ids)
+    text = ""
+    for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=True):
+        choice.scores.add(TokenScore(token_id, choice.text.num_characters, logprobs))
+        text += choice.text.push((token_id,))
+    return text
+
+
 def _join(deltas: list[Delta], num_prompt_tokens: int) -> Result:
     last = deltas[-1]
     assert last.finish_reason is not None
@@ -312,6 +323,7 @@ def _join(deltas: list[Delta], num_prompt_tokens: int) -> Result:
     return Result(
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        scores=tuple(score for delta in deltas for score in delta.scores),
         finish_reason=last.finish_reason,
         num_prompt_tokens=num_prompt_tokens,
         timings=last.timings,

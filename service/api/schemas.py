@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,8 +22,12 @@ from pydantic_core import PydanticCustomError
 MAX_PROMPTS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_BIASES = 300
+MAX_BIAS = 100
 MAX_NAME_CHARACTERS = 256
 _MAX_INT64 = 2**63 - 1
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 Prompt = str | list[int]
 """Text, or token ids."""
@@ -92,6 +97,31 @@ def _check_stop(value: object) -> tuple[str, ...]:
     return tuple(check_text(stop) for stop in stops)
 
 
+def _check_stop_token_ids(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _is_token_ids(value):
+        raise PydanticCustomError("token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids (integers)")
+    return tuple(value)
+
+
+def _check_bias(value: object) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or len(value) > MAX_BIASES or not all(_is_bias(*item) for item in value.items()):
+        raise PydanticCustomError(
+            "logit_bias",
+            f"must be a map of at most {MAX_BIASES} token ids (as strings) to numbers from -{MAX_BIAS} to {MAX_BIAS}",
+        )
+    return tuple((int(token_id), float(bias)) for token_id, bias in value.items())
+
+
+def _is_bias(token_id: object, bias: object) -> bool:
+    if not isinstance(token_id, str) or not _TOKEN_ID.fullmatch(token_id):
+        return False
+    return isinstance(bias, int | float) and not isinstance(bias, bool) and -MAX_BIAS <= bias <= MAX_BIAS
+
+
 def only(*neutral: object) -> Callable[[object], object]:
     """Make a check that takes null and the values that change nothing."""
 
@@ -113,16 +143,16 @@ Text = Annotated[str, Strict(), Field(min_length=1), AfterValidator(check_text)]
 AnyText = Annotated[str, Strict(), AfterValidator(check_text)]
 Name = Annotated[str, Strict(), Field(min_length=1, max_length=MAX_NAME_CHARACTERS), AfterValidator(check_text)]
 OnlyNull = Annotated[Any, AfterValidator(only())]
-OnlyZero = Annotated[Any, AfterValidator(only(0))]
 OnlyOne = Annotated[Any, AfterValidator(only(1))]
 OnlyFalse = Annotated[Any, AfterValidator(only(False))]
-OnlyEmptyMap = Annotated[Any, AfterValidator(only({}))]
 Ignored = Annotated[Any, Field(description="Accepted, without effect.")]
 StrictInt = Annotated[int, Strict()]
 StrictBool = Annotated[bool, Strict()]
 TokenCount = Annotated[int, Strict(), Field(ge=1, le=2**31 - 1)]
 TokenIds = Annotated[list[int], PlainValidator(_check_token_ids, json_schema_input_type=list[int])]
 FiniteFloat = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Penalty = Annotated[FiniteFloat, Field(ge=-2, le=2)]
+NumLogprobs = Annotated[StrictInt, Field(ge=0, le=20)]
 
 
 class SamplingFields(BaseModel):
@@ -139,12 +169,19 @@ class SamplingFields(BaseModel):
     stop: Annotated[tuple[str, ...], PlainValidator(_check_stop, json_schema_input_type=str | list[str] | None)] = ()
     stream: StrictBool | None = None
 
-    n: OnlyOne = None
-    min_p: OnlyZero = None
-    presence_penalty: OnlyZero = None
-    frequency_penalty: OnlyZero = None
-    repetition_penalty: OnlyOne = None
-    logit_bias: OnlyEmptyMap = None
+    n: Annotated[StrictInt, Field(ge=1, le=16)] | None = None
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=0.1, le=10)] | None = None
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...], PlainValidator(_check_bias, json_schema_input_type=dict[str, float] | None)
+    ] = Field(default_factory=tuple)
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: StrictBool | None = None
+    stop_token_ids: Annotated[
+        tuple[int, ...], PlainValidator(_check_stop_token_ids, json_schema_input_type=list[int] | None)
+    ] = ()
 
     user: Ignored = None
     metadata: Ignored = None
@@ -157,6 +194,30 @@ class SamplingFields(BaseModel):
     def token_limit(self) -> tuple[str, int | None]:
         """The field that limits new tokens, and what it says."""
         return "max_tokens", self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens are told beside each token's own log-probability; None for neither."""
+        return None
+
+
+class LogprobFields(BaseModel):
+    """How OpenAI's chats ask for log-probabilities."""
+
+    logprobs: StrictBool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise PydanticCustomError(
+                "no_logprobs", "is allowed with logprobs only; leave it out, or send logprobs true"
+            )
+        return value
+
+    def num_logprobs(self) -> int | None:
+        """See `SamplingFields.num_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class StreamOptions(BaseModel):
@@ -193,11 +254,15 @@ class CompletionRequest(OpenAIFields):
 
     best_of: OnlyOne = None
     echo: OnlyFalse = None
-    logprobs: OnlyNull = None
+    logprobs: NumLogprobs | None = None
     suffix: OnlyNull = None
 
+    def num_logprobs(self) -> int | None:
+        """See `SamplingFields.num_logprobs`."""
+        return self.logprobs
 
-class GenerateRequest(SamplingFields):
+
+class GenerateRequest(LogprobFields, SamplingFields):
     """`POST /generate`: exactly one of `prompt`, `prompts` and `token_ids`."""
 
     prompt: Text | None = None

@@ -213,11 +213,16 @@ class StopMatcher:
 
 
 class TextStream:
-    """The text of one choice: detokenized, and cut at the first stop string."""
+    """The text of one choice: detokenized, and cut at the first stop string.
+
+    Attributes:
+        num_characters: detokenized so far, also those that are held back or cut.
+    """
 
     def __init__(self, codec: TextCodec, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(codec, prompt_ids)
         self._matcher = StopMatcher(stops)
+        self.num_characters = 0
 
     @property
     def stopped(self) -> bool:
@@ -226,7 +231,9 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these ids set free; may be empty."""
-        return self._matcher.push(self._detokenizer.push(token_ids))
+        text = self._detokenizer.push(token_ids)
+        self.num_characters += len(text)
+        return self._matcher.push(text)
 
     def finish(self) -> str:
         """What was held back, when no more ids come."""

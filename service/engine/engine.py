@@ -14,16 +14,20 @@ import torch
 from torch import nn
 
 from service.engine.allocator import BlockAllocator
+from service.engine.batch import Failure, Outcome, Work
+from service.engine.block_manager import BlockManager
 from service.engine.blocks import BLOCK_SIZE
+from service.engine.checks import check_length, check_token_ids
 from service.engine.filters import check_supported
 from service.engine.messages import public_text
+from service.engine.pacing import StepPacer
 from service.engine.paths import choose_runner
 from service.engine.runner import ModelRunner
 from service.engine.sampler import Sampler
-from service.engine.scheduler import Failure, Outcome, Scheduler, Work
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceEvent
 from service.engine.stats import EngineObserver, EnginePath, EngineState
-from service.errors import InvalidRequest, PromptTooLong, QueueFull, SettingError, Unavailable
+from service.errors import InvalidRequest, QueueFull, SettingError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ class EngineConfig:
         max_queue: sequences that wait.
         vocab_size: token ids are below it.
         num_threads: torch threads of the engine thread; None leaves torch's choice.
+        prefix_cache: keep the KV blocks of ended sequences for others that begin alike; on the packed path only.
+        step_budget_ms: how long a step should take at most in which a prompt is computed beside decodes.
     """
 
     max_num_seqs: int = 64
@@ -52,11 +58,13 @@ class EngineConfig:
     max_queue: int = 256
     vocab_size: int
     num_threads: int | None = None
+    prefix_cache: bool = True
+    step_budget_ms: int = 50
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not isinstance(value, bool) and value < 1:
                 raise SettingError(f"{name} is {value}; it must be at least 1; raise it")
 
 
@@ -87,7 +95,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._changed = threading.Condition()  # guards all below
         self._allocator = BlockAllocator(0)
-        self._scheduler = self._new_scheduler(config.max_num_seqs, chunked=True)
+        self._scheduler = self._new_scheduler(config.max_num_seqs)
         self._path: EnginePath | None = None
         self._open: set[str] = set()  # accepted and not ended
         self._is_stepping = False
@@ -112,8 +120,10 @@ class Engine:
         """In which way the model is computed; None before the start."""
         return self._path
 
-    def submit(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams) -> None:
+    def submit(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, *, cache_salt: str = "") -> None:
         """Accept a sequence; events with `request_id` follow.
+
+        It shares cached prompts only with sequences of the same `cache_salt`.
 
         Raises:
             InvalidRequest: no token, a token outside the vocabulary, or a `request_id` in use.
@@ -121,12 +131,12 @@ class Engine:
             QueueFull: `max_queue` sequences wait.
             Unavailable: not started, draining, stopped or failed.
         """
-        self._check_token_ids(prompt_ids)
-        num_tokens = len(prompt_ids) + params.max_tokens
+        check_token_ids(prompt_ids, vocab_size=self._config.vocab_size)
         with self._changed:
             if self._refusal is not None:
                 raise Unavailable(self._refusal[0], code=self._refusal[1])
-            self._check_length(len(prompt_ids), num_tokens)
+            num_slots = self._allocator.num_blocks * BLOCK_SIZE
+            check_length(prompt_ids, params, max_model_len=self._config.max_model_len, num_slots=num_slots)
             if request_id in self._open:
                 raise InvalidRequest(
                     f"request id {request_id!r} is in use; ids are unique; choose another", code="request_id_in_use"
@@ -142,6 +152,7 @@ class Engine:
                     num_prompt_tokens=len(prompt_ids),
                     params=params,
                     submitted_at=time.monotonic(),
+                    cache_salt=cache_salt,
                 )
             )
             self._changed.notify_all()
@@ -160,6 +171,7 @@ class Engine:
                 num_waiting=self._scheduler.num_waiting,
                 num_kv_blocks=self._allocator.num_blocks,
                 num_free_kv_blocks=self._allocator.num_free,
+                num_cached_kv_blocks=self._allocator.num_cached,
                 block_size=BLOCK_SIZE,
                 kv_cache_bytes=self._runner.num_bytes if self._path else 0,
                 last_step_at=self._last_step_at,
@@ -191,6 +203,8 @@ class Engine:
         with self._changed:
             batch = self._scheduler.schedule(time.monotonic())
         if batch is not None:
+            for request_id in batch.preempted:
+                self._runner.forget(request_id)
             outcomes = self._compute(batch.works)
             with self._changed:
                 stats = self._scheduler.commit(batch, outcomes, time.monotonic())
@@ -198,13 +212,16 @@ class Engine:
             self._observer.on_step(stats)
         self._publish()
 
-    def _new_scheduler(self, max_num_seqs: int, *, chunked: bool) -> Scheduler:
+    def _new_scheduler(self, max_num_seqs: int, runner: ModelRunner | None = None) -> Scheduler:
+        config = self._config
+        # Elsewhere blocks only count tokens, and each sequence has a cache of its own.
+        prefix_cache = config.prefix_cache and runner is not None and runner.path is EnginePath.PACKED
         return Scheduler(
-            self._allocator,
-            block_size=BLOCK_SIZE,
+            BlockManager(self._allocator, block_size=BLOCK_SIZE, prefix_cache=prefix_cache),
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=self._config.max_num_batched_tokens,
-            chunked=chunked,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            chunked=runner is None or runner.chunked,
+            pacer=StepPacer(config.step_budget_ms / 1000, least_tokens=BLOCK_SIZE),
         )
 
     def _run(self) -> None:
@@ -242,7 +259,7 @@ class Engine:
         self._runner = runner
         with self._changed:
             self._allocator = BlockAllocator(num_blocks)
-            self._scheduler = self._new_scheduler(num_seqs, chunked=runner.chunked)
+            self._scheduler = self._new_scheduler(num_seqs, runner)
             self._path = runner.path
             self._refusal = None
 
@@ -250,6 +267,8 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._changed:
+                if not self._scheduler.has_work:
+                    self._scheduler.check_integrity()
                 self._is_stepping = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._stopping or self._scheduler.has_work)
@@ -290,7 +309,7 @@ class Engine:
         if len(sampling) < len(works):
             logits = logits[sampling]
         sequences = [works[row].sequence for row in sampling]
-        tokens = self._sampler.sample(logits, [(sequence.request_id, sequence.params) for sequence in sequences])
+        tokens = self._sampler.sample(logits, sequences)
         return {
             sequence.request_id: _NONFINITE if token is None else token
             for sequence, token in zip(sequences, tokens, strict=True)
@@ -320,31 +339,3 @@ class Engine:
 
     def _is_idle(self) -> bool:
         return not self._is_stepping and not self._scheduler.has_work
-
-    def _check_token_ids(self, prompt_ids: Seq[int]) -> None:
-        if not prompt_ids:
-            raise InvalidRequest(
-                "the prompt has 0 tokens; at least 1 is needed; add text", param="prompt", code="invalid_value"
-            )
-        for token_id in (min(prompt_ids), max(prompt_ids)):
-            if not 0 <= token_id < self._config.vocab_size:
-                raise InvalidRequest(
-                    f"token id {token_id} is outside the vocabulary, 0..{self._config.vocab_size - 1}; "
-                    "use ids of this model's tokenizer",
-                    param="prompt",
-                    code="invalid_value",
-                )
-
-    def _check_length(self, num_prompt_tokens: int, num_tokens: int) -> None:
-        num_slots = self._allocator.num_blocks * BLOCK_SIZE
-        limit = min(self._config.max_model_len, num_slots)
-        if num_tokens <= limit:
-            return
-        request = f"{num_prompt_tokens} prompt tokens and max_tokens {num_tokens - num_prompt_tokens} make {num_tokens}"
-        raise PromptTooLong(
-            f"{request}, the context is {limit} tokens; shorten the prompt or lower max_tokens"
-            if limit == self._config.max_model_len
-            else f"{request}, the KV memory holds {limit} tokens; shorten them or raise --kv-memory",
-            param="prompt" if num_prompt_tokens >= limit else "max_tokens",
-            code="context_length_exceeded",
-        )

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from service.engine.allocator import BlockAllocator
 from service.engine.attention import set_attention, stock_attention
+from service.engine.batch import Batch, Outcome, Token
+from service.engine.block_manager import BlockManager
 from service.engine.blocks import BLOCK_SIZE
 from service.engine.filters import max_positions, model_type
 from service.engine.runner import ModelRunner
-from service.engine.scheduler import Batch, Outcome, Scheduler
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import SamplingParams, Sequence
 from service.engine.stats import EnginePath
 from service.errors import UnsupportedModel
@@ -94,9 +96,9 @@ class Probe:
         later = max(0, self._num_decodes - 1)
         middle = min(max(2, width // 3), width - self._num_decodes)
         prompts = [(1, self._num_decodes), (middle, self._num_decodes), (width - later, later)]
+        allocator = BlockAllocator(_NUM_SEQUENCES * (width // BLOCK_SIZE + 1))
         scheduler = Scheduler(
-            BlockAllocator(_NUM_SEQUENCES * (width // BLOCK_SIZE + 1)),
-            block_size=BLOCK_SIZE,
+            BlockManager(allocator, block_size=BLOCK_SIZE, prefix_cache=False),
             max_num_seqs=1 if runner.path is EnginePath.SINGLE else _NUM_SEQUENCES,
             # Two steps hold all prompts, and in the second the last one goes on next to decodes.
             max_num_batched_tokens=sum(count for count, _ in prompts) // 2 + 2,
@@ -127,7 +129,7 @@ class Probe:
         """The tokens that follow; the one behind the last is not looked at."""
         ids = {work.sequence.request_id: work.sequence for work in batch.works if work.samples}
         last = self._ids.shape[1] - 1
-        return {name: int(self._ids[int(name), min(len(s.token_ids), last)]) for name, s in ids.items()}
+        return {name: Token(int(self._ids[int(name), min(len(s.token_ids), last)])) for name, s in ids.items()}
 
     def _share_of_tolerance(self, errors: Tensor) -> float:
         worst = float(errors.max())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.attention import STEP_KEYWORD, Chunk, Decodes, Span, Step, install
+from service.engine.batch import Work
 from service.engine.blocks import Capacity, KVBlocks, plan_capacity
-from service.engine.scheduler import Work
 from service.engine.stats import EnginePath
 
 _PADDING_SLACK_BLOCKS = 16
@@ -47,7 +47,7 @@ class ModelRunner(Protocol):
         """
 
     def forget(self, request_id: str) -> None:
-        """Drop what is kept of a sequence that has ended."""
+        """Drop what is kept of a sequence that has ended, or that will be computed again."""
 
 
 class Runner:

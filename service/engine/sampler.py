@@ -1,20 +1,21 @@
-"""Chooses next tokens from logits: greedy, or temperature, top_k and top_p with a generator per sequence."""
+"""Chooses next tokens from logits, for all sequences of a step at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
-from service.engine.sequence import SamplingParams
-
-_NUM_CANDIDATES = (256, 4096)
-"""Likeliest tokens looked at before the whole vocabulary is; to pick 256 takes 1/40 of the time of a full sort."""
+from service.engine.batch import Token
+from service.engine.candidates import draw, likeliest
+from service.engine.logprobs import read_logprobs
+from service.engine.penalties import Adjuster
+from service.engine.sequence import Sequence, TokenLogprobs
 
 
 class Sampler:
-    """Samples, and keeps the random generator of each sequence. Owned by the engine thread.
+    """Samples, and keeps the random generator and the history of each sequence. Owned by the engine thread.
 
     One uniform number of a sequence's own generator is spent per sampled token, so what a seed
     gives does not depend on its neighbours.
@@ -22,83 +23,65 @@ class Sampler:
 
     def __init__(self) -> None:
         self._generators: dict[str, torch.Generator] = {}
+        self._adjuster = Adjuster()
 
-    def sample(self, logits: Tensor, rows: Sequence[tuple[str, SamplingParams]]) -> list[int | None]:
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> list[Token | None]:
         """Choose a token for each row.
 
         Args:
-            logits: float32[rows, vocab].
-            rows: request id and parameters of each.
+            logits: float32[rows, vocab]; overwritten.
+            sequences: of each row; they are read, and the tokens are not added to them.
 
         Returns:
-            A token id for each row; None where the logits have NaN, +inf or nothing but -inf.
+            A token for each row; None where the logits have NaN, +inf or nothing but -inf.
         """
-        peaks, likeliest = logits.max(dim=-1)  # NaN counts as the largest value
-        finite = peaks.isfinite().tolist()
-        tokens: list[int | None] = likeliest.tolist()
-        for row, (request_id, params) in enumerate(rows):
-            if not finite[row]:
-                tokens[row] = None
-            elif params.temperature > 0:
-                candidates, probabilities = warp(logits[row], params)
-                tokens[row] = _draw(candidates, probabilities, self._generator(request_id, params.seed))
+        asking = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
+        unchanged = _copy(logits, asking) if asking else None
+        logits, peaks = logits.contiguous(), logits.amax(1)  # NaN counts as the largest value
+        self._adjuster.apply(logits, sequences)
+        tokens = self._choose(logits, sequences, (peaks.isfinite() & logits.amax(1).isfinite()).tolist())
+        logprobs: dict[int, TokenLogprobs] = {}
+        if unchanged is not None:
+            chosen = [tokens.get(row, 0) for row in asking]
+            counts = [sequences[row].params.num_logprobs or 0 for row in asking]
+            logprobs = dict(zip(asking, read_logprobs(unchanged, chosen, counts), strict=True))
+        return [Token(tokens[row], logprobs.get(row)) if row in tokens else None for row in range(len(sequences))]
+
+    def _choose(self, logits: Tensor, sequences: Seq[Sequence], is_usable: Seq[bool]) -> dict[int, int]:
+        """Tokens of the usable rows."""
+        rows = [row for row, usable in enumerate(is_usable) if usable]
+        greedy = [row for row in rows if sequences[row].params.temperature == 0]
+        random = [row for row in rows if sequences[row].params.temperature > 0]
+        tokens: dict[int, int] = {}
+        if greedy:
+            tokens |= zip(greedy, likeliest(_rows(logits, greedy)).tolist(), strict=True)
+        if random:
+            params = [sequences[row].params for row in random]
+            uniforms = torch.stack([self._uniform(sequences[row]) for row in random]).to(logits.device)
+            tokens |= zip(random, draw(_rows(logits, random), params, uniforms).tolist(), strict=True)
         return tokens
 
     def forget(self, request_id: str) -> None:
-        """Drop the generator of a sequence that has ended."""
+        """Drop what is kept of a sequence that has ended."""
         self._generators.pop(request_id, None)
+        self._adjuster.forget(request_id)
 
-    def _generator(self, request_id: str, seed: int | None) -> torch.Generator:
-        generator = self._generators.get(request_id)
+    def _uniform(self, sequence: Sequence) -> Tensor:
+        """The next float64[] in [0, 1) of a sequence's own."""
+        generator = self._generators.get(sequence.request_id)
         if generator is None:
-            generator = self._generators[request_id] = torch.Generator()
-            if seed is None:
+            generator = self._generators[sequence.request_id] = torch.Generator()
+            if sequence.params.seed is None:
                 generator.seed()
             else:
-                generator.manual_seed(seed)
-        return generator
+                generator.manual_seed(sequence.params.seed)
+        return torch.rand((), dtype=torch.float64, generator=generator)
 
 
-def warp(logits: Tensor, params: SamplingParams) -> tuple[Tensor | None, Tensor]:
-    """Apply temperature > 0, then top_k, then top_p to logits float32[vocab].
-
-    Tokens as likely as the k-th are kept too.
-
-    Returns:
-        candidates: int64[n], likeliest first, or None for the whole vocabulary in its own order.
-        probabilities: float32[n], not normalized after top_p.
-    """
-    # From the peak down, so that no temperature can overflow.
-    scaled = (logits - logits.max()) / max(params.temperature, torch.finfo(torch.float32).tiny)
-    if params.top_k == 0 and params.top_p == 1:
-        return None, scaled.softmax(-1)
-    for num_candidates in (*_NUM_CANDIDATES, len(scaled)):
-        scores, candidates = scaled.topk(min(num_candidates, len(scaled)))
-        num_kept = _num_kept(scores, scaled, params)
-        if num_kept < len(scores) or len(scores) == len(scaled):
-            break
-    return candidates[:num_kept], scores[:num_kept].softmax(-1)
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Some rows; no copy if they are all."""
+    return logits if len(rows) == len(logits) else _copy(logits, rows)
 
 
-def _num_kept(scores: Tensor, scaled: Tensor, params: SamplingParams) -> int:
-    """How many of the falling `scores` float32[n], the largest of `scaled`, pass; n if more than n might."""
-    num_kept = len(scores)
-    total = scaled
-    if params.top_k:
-        num_kept = int((scores >= scores[min(params.top_k, len(scores)) - 1]).sum())
-        if num_kept == len(scores) < len(scaled):
-            return num_kept
-        total = scores[:num_kept]
-    if params.top_p < 1:
-        probabilities = (scores[:num_kept] - total.logsumexp(-1)).exp()
-        likelier = probabilities.cumsum(-1) - probabilities
-        num_kept = max(1, int((likelier < params.top_p).sum()))
-    return num_kept
-
-
-def _draw(candidates: Tensor | None, probabilities: Tensor, generator: torch.Generator) -> int:
-    """Invert the cumulative distribution at one uniform number of the generator."""
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand((), dtype=torch.float64, generator=generator).to(cumulative.device)
-    index = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp_(max=len(cumulative) - 1)
-    return int(index if candidates is None else candidates[index])
+def _copy(logits: Tensor, rows: list[int]) -> Tensor:
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))

@@ -1,76 +1,35 @@
 """Which sequences compute which tokens in the next step. No torch.
 
-First come, first served: the head of the queue is never overtaken. All blocks that a sequence can
-ever need are reserved when it is admitted, so that a running one never waits for memory.
+First come, first served: the head of the queue is never overtaken, and every running sequence came
+before every waiting one. A sequence is admitted with the KV blocks of the tokens that it has and gets
+more as it grows; when none is left, the youngest running one gives up its blocks and goes back to the
+head of the queue, where it keeps its tokens to compute them again. The oldest is never sent back as
+long as there is another one, and alone any sequence fits, so the oldest always comes to its end.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import TypedDict
 
-from service.engine.allocator import BlockAllocator
+from service.engine.batch import Batch, Failure, Intervals, Outcome, Token, Work, step_stats
+from service.engine.block_manager import BlockManager
+from service.engine.pacing import StepPacer
 from service.engine.sequence import (
     FinishReason,
     Sequence,
     SequenceEvent,
     SequenceStatus,
     SequenceTimings,
+    TokenLogprobs,
 )
 from service.engine.stats import StepStats
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The share of one sequence in a step: `count` tokens from `position` on."""
-
-    sequence: Sequence
-    position: int
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the next token can be sampled after this work."""
-        return self.position + self.count == len(self.sequence.token_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """How many of the tokens belong to the prompt."""
-        return max(0, min(self.count, self.sequence.num_prompt_tokens - self.position))
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one step computes, decodes first.
-
-    Attributes:
-        queue_s: for each sequence first scheduled here, seconds since submit.
-    """
-
-    works: tuple[Work, ...]
-    started_at: float
-    queue_s: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a sequence has no next token: ERROR or NONFINITE, and the text for the client."""
-
-    reason: Literal[FinishReason.ERROR, FinishReason.NONFINITE]
-    error: str
-
-
-Outcome = int | Failure
-"""What a step made of one sequence: its next token, or a failure."""
-
-
-@dataclass(slots=True)
-class _Intervals:
-    inter_token_s: list[float] = field(default_factory=list)
-    first_token_s: list[float] = field(default_factory=list)
+class _News(TypedDict):
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 class Scheduler:
@@ -79,22 +38,23 @@ class Scheduler:
     At most `min(max_num_seqs, max_num_batched_tokens)` sequences run, so that every step has at
     least one token for each of them and none starves. Without `chunked` a prompt is computed in one
     step, whatever its length; such a step may hold more than `max_num_batched_tokens`, by at most one prompt.
+    A `pacer` limits the prompt tokens of steps that also decode.
     """
 
     def __init__(
         self,
-        allocator: BlockAllocator,
+        blocks: BlockManager,
         *,
-        block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked: bool = True,
+        pacer: StepPacer | None = None,
     ) -> None:
-        self._allocator = allocator
-        self._block_size = block_size
+        self._blocks = blocks
         self._max_running = min(max_num_seqs, max_num_batched_tokens)
         self._max_num_batched_tokens = max_num_batched_tokens
         self._chunked = chunked
+        self._pacer = pacer
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._aborted: dict[str, FinishReason] = {}
@@ -102,7 +62,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that were never scheduled."""
+        """Sequences in the queue, those that were sent back included."""
         return len(self._waiting)
 
     @property
@@ -114,10 +74,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `schedule` or `take_events` has something to give."""
         return bool(self._waiting or self._running or self._events)
-
-    def num_blocks_of(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
-        return math.ceil(num_tokens / self._block_size)
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue; it must fit the KV blocks when it is alone."""
@@ -147,21 +103,24 @@ class Scheduler:
         None if there is nothing to compute.
         """
         self._remove_aborted(now)
-        decoding = [sequence for sequence in self._running if _num_uncomputed(sequence) == 1]
-        works = [Work(sequence, sequence.num_computed, 1) for sequence in decoding]
-        budget = self._max_num_batched_tokens - len(works)
-        prefilling = [sequence for sequence in self._running if _num_uncomputed(sequence) > 1]
-        for sequence in prefilling:
-            budget -= self._add_chunk(works, sequence, budget)
-        queue_s = []
-        while budget > 0 and (admitted := self._admit(now)) is not None:
-            budget -= self._add_chunk(works, admitted, budget)
-            queue_s.append(now - admitted.submitted_at)
-        return Batch(tuple(works), now, tuple(queue_s)) if works else None
+        works, preempted = self._decodes()
+        limit = self._max_prompt_tokens(len(works))
+        for sequence in self._running:
+            if _num_uncomputed(sequence) > 1:
+                limit -= self._add_chunk(works, sequence, limit)
+        queue_s: list[float] = []
+        num_hit_tokens = 0
+        while limit > 0 and not preempted and (admitted := self._admit()) is not None:
+            if admitted.scheduled_at is None:
+                admitted.scheduled_at = now
+                queue_s.append(now - admitted.submitted_at)
+                num_hit_tokens += admitted.num_computed
+            limit -= self._add_chunk(works, admitted, limit)
+        return Batch(tuple(works), now, tuple(queue_s), num_hit_tokens, tuple(preempted)) if works else None
 
     def commit(self, batch: Batch, outcomes: Mapping[str, Outcome], now: float) -> StepStats:
         """Take in what a step computed: `outcomes` by request id, of each work that samples or has failed."""
-        intervals = _Intervals()
+        intervals = Intervals()
         for work in batch.works:
             sequence = work.sequence
             sequence.num_computed += work.count
@@ -171,9 +130,13 @@ class Scheduler:
             if isinstance(outcome, Failure):
                 self._finish(sequence, outcome.reason, now, error=outcome.error)
             else:
+                self._blocks.confirm(sequence)
                 self._append(sequence, outcome, now, intervals)
         self._remove_aborted(now)
-        return _step_stats(batch, outcomes, intervals, now)
+        stats = step_stats(batch, outcomes, intervals, now)
+        if self._pacer is not None:
+            self._pacer.observe(stats)
+        return stats
 
     def take_events(self) -> list[SequenceEvent]:
         """Events since the last call, in order."""
@@ -181,47 +144,82 @@ class Scheduler:
         return events
 
     def check_integrity(self) -> None:
-        """Assert that each block in use belongs to exactly one running sequence."""
-        self._allocator.check_integrity(block for sequence in self._running for block in sequence.block_table)
+        """Assert that blocks are held by running sequences only, and that all came in order of submission."""
+        self._blocks.check_integrity(self._running)
         assert all(not sequence.block_table for sequence in self._waiting)
+        times = [sequence.submitted_at for sequence in (*self._running, *self._waiting)]
+        assert times == sorted(times), "a sequence was overtaken"
 
-    def _add_chunk(self, works: list[Work], sequence: Sequence, budget: int) -> int:
+    def _decodes(self) -> tuple[list[Work], list[str]]:
+        """The next token of each sequence that decodes, the oldest first, and the request ids of those sent back."""
+        works: list[Work] = []
+        preempted: list[str] = []
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            if _num_uncomputed(sequence) == 1:
+                if not self._blocks.grow(sequence):
+                    preempted.append(self._preempt_youngest())
+                    continue  # once more, unless it was this one
+                works.append(Work(sequence, sequence.num_computed, 1))
+            index += 1
+        return works, preempted
+
+    def _preempt_youngest(self) -> str:
+        assert len(self._running) > 1, "one sequence alone finds no block"
+        sequence = self._running.pop()
+        self._blocks.release(sequence, is_sound=True)
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.appendleft(sequence)
+        return sequence.request_id
+
+    def _max_prompt_tokens(self, num_decodes: int) -> int:
+        """Tokens that prompts may have in a step with so many decodes."""
+        limit = self._max_num_batched_tokens - num_decodes
+        paced = self._pacer.most_prompt_tokens() if self._pacer is not None and num_decodes else None
+        return limit if paced is None else min(limit, paced)
+
+    def _add_chunk(self, works: list[Work], sequence: Sequence, limit: int) -> int:
         count = _num_uncomputed(sequence)
         if self._chunked:
-            count = min(count, budget)
+            count = min(count, limit)
         if count > 0:
             works.append(Work(sequence, sequence.num_computed, count))
         return count
 
-    def _admit(self, now: float) -> Sequence | None:
-        """Move the head of the queue to the running ones if there is room for all of it."""
+    def _admit(self) -> Sequence | None:
+        """Move the head of the queue to the running ones, if each that may grow finds another block afterwards.
+
+        If a running one computes what the head could share, the head comes when that is done: of many
+        prompts that begin alike and come together, the first is computed and the others find it.
+        """
         if not self._waiting or len(self._running) >= self._max_running:
             return None
         sequence = self._waiting[0]
-        num_blocks = self.num_blocks_of(sequence.num_prompt_tokens + sequence.params.max_tokens)
-        if num_blocks > self._allocator.num_free:
+        if self._blocks.awaits(sequence, self._running):
+            return None
+        num_growing = sum(map(self._blocks.may_grow, (*self._running, sequence)))
+        if not self._blocks.admit(sequence, num_spare=num_growing if self._running else 0):
             return None
         self._waiting.popleft()
-        sequence.block_table = self._allocator.allocate(num_blocks)
         sequence.status = SequenceStatus.RUNNING
-        sequence.scheduled_at = now
         self._running.append(sequence)
         return sequence
 
-    def _append(self, sequence: Sequence, token_id: int, now: float, intervals: _Intervals) -> None:
-        sequence.token_ids.append(token_id)
+    def _append(self, sequence: Sequence, token: Token, now: float, intervals: Intervals) -> None:
+        sequence.token_ids.append(token.token_id)
         if sequence.first_token_at is None or sequence.last_token_at is None:
             sequence.first_token_at = now
             intervals.first_token_s.append(now - sequence.submitted_at)
         else:
             intervals.inter_token_s.append(now - sequence.last_token_at)
         sequence.last_token_at = now
-        if token_id in sequence.params.stop_token_ids:
+        if token.token_id in sequence.params.stop_token_ids:
             self._finish(sequence, FinishReason.STOP, now)
         elif sequence.num_generated == sequence.params.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH, now, token_ids=(token_id,))
+            self._finish(sequence, FinishReason.LENGTH, now, token=token)
         else:
-            self._events.append(SequenceEvent(request_id=sequence.request_id, token_ids=(token_id,)))
+            self._events.append(SequenceEvent(request_id=sequence.request_id, **_news(token)))
 
     def _remove_aborted(self, now: float) -> None:
         if self._aborted:
@@ -235,22 +233,22 @@ class Scheduler:
         reason: FinishReason,
         now: float,
         *,
-        token_ids: tuple[int, ...] = (),
+        token: Token | None = None,
         error: str | None = None,
     ) -> None:
         """Free the blocks and add the one terminal event."""
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
-            self._allocator.free(sequence.block_table)
-            sequence.block_table = []
+            is_sound = reason not in (FinishReason.ERROR, FinishReason.NONFINITE)
+            self._blocks.release(sequence, is_sound=is_sound)
         sequence.status = SequenceStatus.FINISHED
         self._events.append(
             SequenceEvent(
                 request_id=sequence.request_id,
-                token_ids=token_ids,
                 finish_reason=reason,
                 error=error,
                 timings=_timings(sequence, now),
+                **_news(token),
             )
         )
 
@@ -259,29 +257,17 @@ def _num_uncomputed(sequence: Sequence) -> int:
     return len(sequence.token_ids) - sequence.num_computed
 
 
+def _news(token: Token | None) -> _News:
+    """The fields of an event that tell of a token."""
+    if token is None:
+        return {"token_ids": (), "logprobs": ()}
+    return {"token_ids": (token.token_id,), "logprobs": () if token.logprobs is None else (token.logprobs,)}
+
+
 def _timings(sequence: Sequence, now: float) -> SequenceTimings:
     start = sequence.submitted_at
     return SequenceTimings(
         queue_s=None if sequence.scheduled_at is None else sequence.scheduled_at - start,
         first_token_s=None if sequence.first_token_at is None else sequence.first_token_at - start,
         total_s=now - start,
-    )
-
-
-def _step_stats(batch: Batch, outcomes: Mapping[str, Outcome], intervals: _Intervals, now: float) -> StepStats:
-    num_tokens = sum(work.count for work in batch.works)
-    num_prompt_tokens = sum(work.num_prompt_tokens for work in batch.works)
-    kind: Literal["prefill", "decode", "mixed"] = "mixed"
-    if num_prompt_tokens in (0, num_tokens):
-        kind = "prefill" if num_prompt_tokens else "decode"
-    return StepStats(
-        kind=kind,
-        seconds=now - batch.started_at,
-        num_sequences=len(batch.works),
-        num_tokens=num_tokens,
-        num_prompt_tokens=num_prompt_tokens,
-        num_sampled=sum(isinstance(outcome, int) for outcome in outcomes.values()),
-        inter_token_s=tuple(intervals.inter_token_s),
-        first_token_s=tuple(intervals.first_token_s),
-        queue_s=batch.queue_s,
     )

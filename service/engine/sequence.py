@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class SequenceStatus(StrEnum):
-    """Where a sequence is; it moves forward only."""
+    """Where a sequence is; it goes back from RUNNING to WAITING when others need its blocks."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -30,21 +31,49 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one sequence is continued. Values are checked by the API before they come here.
 
+    They apply in this order: penalties, `logit_bias`, `min_tokens`, `temperature`, `top_k`, `top_p`, `min_p`.
+
     Attributes:
         max_tokens: new tokens at most, >= 1.
         temperature: 0 is greedy, else logits are divided by it; 0..2.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches it; (0, 1].
+        min_p: keep the tokens that are at least so likely as a share of the likeliest; 0..1.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt and text; 0.1..10.
+        frequency_penalty: taken from a logit for each time that the text has the token; -2..2.
+        presence_penalty: taken from a logit if the text has the token; -2..2.
+        logit_bias: token ids, each once, and what is added to their logits; -100..100.
+        min_tokens: `stop_token_ids` are not sampled before so many tokens; at most `max_tokens`.
         seed: int64 of this sequence's own random generator; None draws one.
         stop_token_ids: generation ends after one of these, which is not part of the text.
+        num_logprobs: likeliest tokens whose log-probabilities come with each token's own; None for no such numbers.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities in nats at one position, by the model's own logits, before any parameter changes them.
+
+    Attributes:
+        logprob: of the token that was sampled.
+        top: ids of the likeliest tokens and theirs, likeliest first; of equal ones the lower id first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +98,7 @@ class SequenceEvent:
     Attributes:
         request_id: as given to `Engine.submit`.
         token_ids: tokens sampled since the last event, without the stop token; may be empty.
+        logprobs: of each of `token_ids` if the sequence asks for them, else empty.
         finish_reason: None while the sequence goes on.
         error: what failed, for ERROR and NONFINITE.
         timings: with the terminal event only.
@@ -76,6 +106,7 @@ class SequenceEvent:
 
     request_id: str
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
     timings: SequenceTimings | None = None
@@ -87,8 +118,11 @@ class Sequence:
 
     Attributes:
         token_ids: prompt, then generated tokens (the stop token included).
+        cache_salt: only sequences with the same one share KV blocks.
         num_computed: leading tokens whose keys and values are in the KV blocks.
+        num_confirmed: leading tokens behind which logits were finite, or that others have computed.
         block_table: KV blocks in order of position.
+        block_hashes: of leading full blocks, as far as they were needed.
         submitted_at, scheduled_at, first_token_at, last_token_at: `time.monotonic` seconds.
     """
 
@@ -97,9 +131,12 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     submitted_at: float
+    cache_salt: str = ""
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
+    num_confirmed: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
     scheduled_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None

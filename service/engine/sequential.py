@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from service.engine.batch import Work
 from service.engine.blocks import Capacity, plan_capacity
 from service.engine.filters import length_dependent_rope, rope_parameters
-from service.engine.scheduler import Work
 from service.engine.stats import EnginePath
 
 _STATE_KEYWORDS = ("cache_params", "state")

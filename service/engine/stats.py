@@ -30,11 +30,13 @@ class StepStats:
         kind: `prefill` if all tokens were prompt tokens, `decode` if none was, else `mixed`.
         seconds: schedule to commit, monotonic.
         num_sequences, num_tokens: what the forward held.
-        num_prompt_tokens: of those, prompt tokens.
+        num_prompt_tokens: of those, prompt tokens, and generated ones that are computed again.
         num_sampled: tokens sampled.
         inter_token_s: for each sampled token but a sequence's first, seconds since the one before.
         first_token_s: for each sequence whose first token this was, seconds since submit.
         queue_s: for each sequence first scheduled in this step, seconds since submit.
+        num_hit_tokens: prompt tokens of these that the prefix cache had.
+        num_preempted: sequences that went back to the queue, so that older ones find KV blocks.
     """
 
     kind: Literal["prefill", "decode", "mixed"]
@@ -46,6 +48,8 @@ class StepStats:
     inter_token_s: tuple[float, ...]
     first_token_s: tuple[float, ...]
     queue_s: tuple[float, ...]
+    num_hit_tokens: int = 0
+    num_preempted: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,8 @@ class EngineState:
 
     Attributes:
         num_running, num_waiting: sequences.
-        num_kv_blocks, num_free_kv_blocks: KV blocks of `block_size` tokens each.
+        num_kv_blocks: KV blocks of `block_size` tokens each.
+        num_free_kv_blocks, num_cached_kv_blocks: of those that no sequence holds, without and with cached tokens.
         kv_cache_bytes: bytes allocated for KV blocks; on other paths those of the caches that are held.
         last_step_at: Unix time of the last finished step; None before the first.
         since_step_s: seconds since then, on the monotonic clock; None before the first.
@@ -66,6 +71,7 @@ class EngineState:
     num_waiting: int
     num_kv_blocks: int
     num_free_kv_blocks: int
+    num_cached_kv_blocks: int
     block_size: int
     kv_cache_bytes: int
     last_step_at: float | None

@@ -23,7 +23,6 @@ from service.errors import SettingError
 from service.kernels import dispatch, native
 from service.layers.linear import quantized_linear
 from service.loading import memory
-from service.numerics.encode import encode
 from service.numerics.schemes import QuantScheme
 from service.reports.bench_options import KernelBench, Shape
 from service.reports.bench_runs import Copies, Run, calling_run, in_turns, median_ratio, reading_run, seconds_of
@@ -31,7 +30,8 @@ from service.reports.hardware import describe_machine, last_level_cache_bytes
 
 MIN_FOOTPRINT_BYTES: Final = 256 << 20
 _READ_CHECK_ROUNDS = 7
-_ENCODER_COLUMNS = 8192
+_ENCODER_SHAPE: Final = Shape(2048, 5632)
+"""Of the matrices that are encoded: a projection of TinyLlama-1.1B, as large as a layer of a model is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,20 @@ class ReadCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderRow:
-    """Quantizing and packing of a bf16 weight, beside a read of it; bytes are those of the source."""
+    """Quantizing and packing of bf16 matrices of the size of a layer, beside a read of them.
+
+    Every call allocates its buffers anew, as at load. They stay below the 32 MiB up to which the allocator hands out
+    freed memory again, and a first pass over all matrices is not counted: page faults are hardly among the seconds.
+
+    Attributes:
+        num_parameters: of one matrix.
+        source_bytes: of one matrix in bf16.
+        footprint_bytes: of all matrices, which take turns.
+        seconds: of one matrix.
+        bytes_per_s: source bytes by these seconds.
+        read_bytes_per_s: of reading the sources, in the same rounds.
+        read_ratio: share of that rate that the encoder reaches.
+    """
 
     scheme: str
     num_parameters: int
@@ -133,7 +146,7 @@ class PackedCopies:
     """Copies of one encoded weight, each in a layer of its own, as serving holds them."""
 
     def __init__(self, weight: Tensor, scheme: QuantScheme, footprint_bytes: int) -> None:
-        encoded = encode(weight, scheme)
+        encoded = dispatch.encode(weight, scheme)
         zero_points = [] if encoded.zero_points is None else [encoded.zero_points]
         self.copies = Copies([encoded.qweight, encoded.scales, *zero_points], footprint_bytes)
         self.layers = []
@@ -220,7 +233,7 @@ def measure(
         on_progress: told what comes next, how many points are done, and of how many.
 
     Raises:
-        SettingError: a shape does not fit into memory, or the machine has no such kernels.
+        SettingError: a weight does not fit into memory, or the machine has no such kernels.
     """
     started = time.perf_counter()
     dispatch.select_isa(kernel_isa)
@@ -258,7 +271,11 @@ def measure(
 
 
 def _footprint(bench: KernelBench) -> dict[str, int | bool]:
-    """Bytes of copies to go through, of each scheme and of bf16: by default all in a quarter of what is available."""
+    """Bytes of copies to go through, of each scheme and of bf16: by default all in a quarter of what is available.
+
+    Raises:
+        SettingError: what is to be measured does not fit into memory.
+    """
     available, cache = memory.available_bytes(), last_level_cache_bytes()
     num_sets = len(bench.schemes) + 1
     wanted = bench.footprint_bytes or max(2 * cache, MIN_FOOTPRINT_BYTES)
@@ -271,17 +288,37 @@ def _footprint(bench: KernelBench) -> dict[str, int | bool]:
                 f"--shapes {shape.k}x{shape.n}: takes {needed} bytes, and {available} are available; "
                 "leave it out, or give a smaller --footprint"
             )
+    needed = _encoder_bytes(bench, footprint)
+    if needed > available:
+        raise SettingError(
+            f"--encoder-parameters {bench.encoder_parameters}: takes {needed} bytes, and {available} are available; "
+            "give fewer, or 0 to leave the encoders out"
+        )
     return {"bytes": footprint, "last_level_cache_bytes": cache, "is_limited_by_memory": footprint < wanted}
 
 
+def _encoder_shape(bench: KernelBench) -> Shape:
+    """Of each matrix to encode; a smaller one if fewer parameters are wanted."""
+    wanted = bench.encoder_parameters // _ENCODER_SHAPE.k
+    return _ENCODER_SHAPE._replace(n=max(1, min(wanted, _ENCODER_SHAPE.n)))
+
+
+def _encoder_bytes(bench: KernelBench, footprint_bytes: int) -> int:
+    """Memory that timing an encoder takes."""
+    if bench.encoder_parameters == 0:
+        return 0
+    # The copies, up to two more, the weight they are made of, and its codes, or in torch's encoder float32 drafts.
+    return max(footprint_bytes, 2 * bench.encoder_parameters) + 24 * _encoder_shape(bench).num_weights
+
+
 def _measure_encoder(scheme: QuantScheme, bench: KernelBench, footprint_bytes: int, reader: Reader) -> EncoderRow:
-    """Encode copies of a large weight in turns with reading them."""
-    weight = _random_weight(max(1, bench.encoder_parameters // _ENCODER_COLUMNS), _ENCODER_COLUMNS)
-    copies = Copies([weight], footprint_bytes)
-    runs = {
-        "encode": calling_run(copies, [partial(encode, source, scheme) for (source,) in copies.parts]),
-        "read": reading_run(copies, reader.read),
-    }
+    """Encode matrices in turns with reading them."""
+    shape = _encoder_shape(bench)
+    weight = _random_weight(shape.n, shape.k)
+    copies = Copies([weight], max(footprint_bytes, 2 * bench.encoder_parameters))
+    calls = [partial(dispatch.encode, source, scheme) for (source,) in copies.parts]
+    seconds_of(calls)  # leaves the allocator with memory that it hands out again
+    runs = {"encode": calling_run(copies, calls), "read": reading_run(copies, reader.read)}
     times = in_turns(runs, bench.seconds_per_point)
     seconds = median(times["encode"])
     return EncoderRow(

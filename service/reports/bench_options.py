@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ class KernelBench:
         seconds_per_point: spent on one shape at one number of rows, all schemes together.
         footprint_bytes: of the copies of a weight that calls go through; None: what the caches ask for.
         output: file for the JSON.
-        encoder_parameters: of the weight that encoders are timed on; 0: they are not.
+        encoder_parameters: of all weights together that encoders are timed on; 0: they are not.
     """
 
     schemes: tuple[QuantScheme, ...]
@@ -125,12 +127,32 @@ def parse_output(text: str) -> Path:
     """A file to write, known to be possible before minutes are spent.
 
     Raises:
-        SettingError: its folder does not exist, or it is a folder.
+        SettingError: its folder does not exist, it is a folder, or it cannot be written.
     """
-    path = Path(text).expanduser()
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise SettingError(f"--output {_shown(text)}: must be a file in a folder that exists; make the folder first")
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise SettingError(
+                f"--output {_shown(text)}: must be a file in a folder that exists; make the folder first"
+            )
+        _try_to_write(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingError(
+            f"--output {_shown(text)}: {reason}; it must be a file that can be written: name one in another folder"
+        ) from error
     return path
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise OSError if a file cannot be made or, where one is, not be written; it is left as it was."""
+    try:
+        path.open("xb").close()  # permissions do not tell everything: not even root can make a file in /proc
+    except FileExistsError:
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+    else:
+        path.unlink()
 
 
 def _parse_list(flag: str, text: str, separator: str, parse: Callable[[str], _Item]) -> tuple[_Item, ...]:

@@ -34,9 +34,11 @@ class Cache(NamedTuple):
 
 
 def caches(cpu: int, folder: Path = CPU_FOLDER) -> list[Cache]:
-    """Caches of a logical CPU, the nearest first."""
+    """Caches of a logical CPU, the nearest first; those whose size Linux does not know are left out."""
     found = []
     for path in sorted(folder.glob(f"cpu{cpu}/cache/index[0-9]*")):
+        if not (path / "size").is_file():
+            continue
         level, kind, size, shared = (
             (path / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size", "shared_cpu_list")
         )

@@ -161,7 +161,7 @@ def test_what_the_generation_config_states_is_the_default_on_every_route(chat: R
     generated = chat.client.post("/generate", json={"token_ids": PROMPT_IDS, "max_tokens": 24, "seed": 1})
     assert generated.json()["text"] == greedy
     defaults = chat.client.get("/v1/models/talker").json()["sampling_defaults"]
-    assert defaults == {"temperature": 0.7, "top_p": 1.0, "top_k": 1}
+    assert defaults == {"temperature": 0.7, "top_p": 1.0, "top_k": 1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def test_values_of_a_request_go_before_defaults(chat: RunningService) -> None:

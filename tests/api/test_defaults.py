@@ -29,12 +29,14 @@ def read(folder: Path, stated: dict[str, Any]) -> SamplingDefaults:
             {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
             SamplingDefaults(temperature=0.7, top_p=0.8, top_k=20),
         ),
-        ({"do_sample": False, "temperature": 0.7, "top_p": 0.8, "top_k": 20}, OPENAI),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.1}, OPENAI),
+        ({"min_p": 0.05, "repetition_penalty": 1.1}, SamplingDefaults(min_p=0.05, repetition_penalty=1.1)),
+        ({"do_sample": False, "repetition_penalty": 1.1}, SamplingDefaults(repetition_penalty=1.1)),
         ({"temperature": 0, "top_p": 1, "top_k": 0}, SamplingDefaults(temperature=0.0)),
         ({"temperature": None, "top_p": None, "top_k": None, "min_p": None}, OPENAI),
         ({"repetition_penalty": 1.0, "min_p": 0.0, "max_new_tokens": 5}, OPENAI),
     ],
-    ids=["nothing", "sampled", "one", "all", "greedy", "lowest", "null", "neutral"],
+    ids=["nothing", "sampled", "one", "all", "greedy", "others", "greedy with a penalty", "lowest", "null", "neutral"],
 )
 def test_what_is_stated_is_taken_unless_the_model_does_not_sample(
     tmp_path: Path, stated: dict[str, Any], expected: SamplingDefaults, caplog: pytest.LogCaptureFixture
@@ -53,7 +55,8 @@ def test_a_model_without_a_generation_config_has_the_defaults_of_openai(tmp_path
         *(("temperature", value) for value in (-0.1, 2.1, "1", True, float("nan"), float("inf"), [1])),
         *(("top_p", value) for value in (0, 1.1, -1, "a")),
         *(("top_k", value) for value in (-1, 1.5, False, "5")),
-        *(("repetition_penalty", 1.1), ("min_p", 0.05)),
+        *(("repetition_penalty", value) for value in (0, 0.05, 11, "1", True)),
+        *(("min_p", value) for value in (-0.1, 1.1, "0")),
     ],
 )
 def test_a_value_that_cannot_be_used_is_left_out_and_logged(

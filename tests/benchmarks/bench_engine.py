@@ -90,6 +90,7 @@ class EngineUnderTest:
             kv_memory_bytes=1 << 28,
             vocab_size=vocab_size,
             num_threads=torch.get_num_threads(),
+            prefix_cache=False,  # each round has the same prompts
         )
         self.engine = Engine(model, config, observer=self._clock, deliver=self._deliver)
         self.engine.start()

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from service.engine.engine import Engine
 from service.engine.sequence import SamplingParams
-from tests.benchmarks.bench_engine import NUM_PROMPT_TOKENS, NUM_SEQUENCES, EngineUnderTest, machine, quantized
+from service.reports.hardware import describe_machine
+from tests.benchmarks.bench_engine import NUM_PROMPT_TOKENS, NUM_SEQUENCES, EngineUnderTest, quantized
 
 RECIPES: Final = ("none", "w8a16", "w4a16-g64")
 NUM_PREFILL_TOKENS: Final = 512
@@ -117,7 +118,8 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="which shapes, separated by commas")
     arguments = parser.parse_args()
     shapes = [measure(shape, RECIPES, arguments.rounds) for shape in arguments.shapes.split(",")]
-    text = json.dumps({"machine": machine(), "shapes": shapes}, indent=2)
+    machine = describe_machine(torch.get_num_threads())
+    text = json.dumps({"machine": machine, "shapes": shapes}, indent=2)
     arguments.output.write_text(text + "\n")
     print(text)
 

@@ -11,10 +11,22 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from service.reports.bench_options import (
+    DEFAULT_ROWS,
+    DEFAULT_SCHEMES,
+    DEFAULT_SHAPES,
+    parse_rows,
+    parse_schemes,
+    parse_shapes,
+)
+
+SCHEMES = [scheme.name for scheme in parse_schemes(DEFAULT_SCHEMES)]
+SHAPES = parse_shapes(DEFAULT_SHAPES)
+ROWS = parse_rows(DEFAULT_ROWS)
+"""What has to be measured at least: every one of these points."""
 MIN_READ_RATIO = {8: 0.85, 4: 0.80}
 """Share of the read rate at one row, by bits, from `LARGE_BYTES` on."""
 LARGE_BYTES = 4 << 20
@@ -61,13 +73,14 @@ def check(result: Mapping[str, Any]) -> list[Requirement]:
     large = [row for row in first if row["packed_bytes"] >= LARGE_BYTES]
     small = [row for row in first if row["packed_bytes"] < LARGE_BYTES]
     found = [
+        Requirement("all points of the list are measured", list(_point_figures(rows))),
         Requirement(
             f"the read reaches {MIN_READ_CHECK} of torch.sum",
             [
                 Figure(_subject(row), f"{row['ratio']:.2f}", row["ratio"] / MIN_READ_CHECK)
                 for row in result["read_check"]
             ],
-        )
+        ),
     ]
     for bits, least in MIN_READ_RATIO.items():
         of_bits = [row for row in large if _bits(row["scheme"]) == bits]
@@ -96,6 +109,14 @@ def check(result: Mapping[str, Any]) -> list[Requirement]:
     return [*found, *_encoder_requirements(result["encoders"])]
 
 
+def _point_figures(rows: Iterable[Row]) -> Iterator[Figure]:
+    points = {(row["scheme"], row["k"], row["n"], row["rows"]) for row in rows}
+    for scheme in SCHEMES:
+        for k, n in SHAPES:
+            found = sum((scheme, k, n, num_rows) in points for num_rows in ROWS)
+            yield Figure(f"{scheme} {k}x{n}", f"{found} of {len(ROWS)} row counts", found / len(ROWS))
+
+
 def _figures(
     rows: Iterable[Row],
     value: Callable[[Row], float],
@@ -120,24 +141,26 @@ def _small_figures(rows: Iterable[Row]) -> Iterator[Figure]:
 
 
 def _spread_figures(rows: Iterable[Row]) -> Iterator[Figure]:
-    many = [row for row in rows if row["rows"] == MANY_ROWS]
-    for (k, n), schemes in groupby(many, key=lambda row: (row["k"], row["n"])):
-        seconds = [row["seconds"] for row in schemes]
-        spread = max(seconds) / min(seconds)
-        yield Figure(f"{k}x{n}", f"{spread:.2f}x", MAX_SPREAD / spread)
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        if row["rows"] == MANY_ROWS:
+            found.setdefault((row["k"], row["n"]), {})[row["scheme"]] = row["seconds"]
+    for (k, n), seconds in found.items():
+        spread = max(seconds.values()) / min(seconds.values())
+        is_spread = len(seconds) > 1
+        yield Figure(f"{k}x{n}", f"{spread:.2f}x" if is_spread else "one scheme", MAX_SPREAD / spread * is_spread)
 
 
 def _encoder_requirements(encoders: Iterable[Row]) -> Iterator[Requirement]:
-    for row in encoders:
-        scheme = row["scheme"]
-        if scheme in MIN_ENCODER_RATIO:
-            least = MIN_ENCODER_RATIO[scheme]
-            figure = Figure(scheme, f"{row['read_ratio']:.0%}", row["read_ratio"] / least)
-            yield Requirement(f"encoder {scheme}: {least:.0%} of the read rate of bf16", [figure])
-        elif scheme == "nf4":
-            seconds = row["seconds"] * NF4_PARAMETERS / row["num_parameters"]
-            figure = Figure(scheme, f"{seconds:.2f} s", NF4_SECONDS / seconds)
-            yield Requirement(f"encoder nf4: 1.1 B parameters in {NF4_SECONDS:g} s", [figure])
+    by_scheme = {row["scheme"]: row for row in encoders}
+    for scheme, least in MIN_ENCODER_RATIO.items():
+        ratios = [by_scheme[scheme]["read_ratio"]] if scheme in by_scheme else []
+        figures = [Figure(scheme, f"{ratio:.0%}", ratio / least) for ratio in ratios]
+        yield Requirement(f"encoder {scheme}: {least:.0%} of the read rate of bf16", figures)
+    rows = [by_scheme["nf4"]] if "nf4" in by_scheme else []
+    times = [row["seconds"] * NF4_PARAMETERS / row["num_parameters"] for row in rows]
+    figures = [Figure("nf4", f"{seconds:.2f} s", NF4_SECONDS / seconds) for seconds in times]
+    yield Requirement(f"encoder nf4: 1.1 B parameters in {NF4_SECONDS:g} s", figures)
 
 
 def _bits(scheme: str) -> int:
@@ -158,14 +181,19 @@ def _lines(requirement: Requirement) -> Iterator[str]:
             yield f"{'':12}    missed: {figure.subject:40} {figure.text}"
 
 
+def conclude(requirements: Iterable[Requirement]) -> int:
+    """Print requirements; 1 if one is missed or was not measured."""
+    requirements = list(requirements)
+    for requirement in requirements:
+        print("\n".join(_lines(requirement)))
+    return int(any(requirement.verdict != "pass" for requirement in requirements))
+
+
 def main() -> int:
     """Print all requirements; 1 if one is missed or was not measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSON of `pennyweight bench kernels`")
-    requirements = check(json.loads(parser.parse_args().file.read_text(encoding="utf-8")))
-    for requirement in requirements:
-        print("\n".join(_lines(requirement)))
-    return int(any(requirement.verdict != "pass" for requirement in requirements))
+    return conclude(check(json.loads(parser.parse_args().file.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

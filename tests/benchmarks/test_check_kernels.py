@@ -14,16 +14,26 @@ import pytest
 from tests.benchmarks.check_kernels import check, main
 
 SCHEMES = ("w8a16", "w4a16-g64", "nf4")
+SHAPES = (
+    *((576, 576), (576, 1536), (1536, 576), (2048, 2048)),
+    *((2048, 5632), (5632, 2048), (2048, 32000), (4096, 14336)),
+)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+SMALL, LARGE = SHAPES[0], SHAPES[-1]
 READ_BYTES_PER_S = 20e9
 
+Change = Callable[[dict[str, Any]], None]
 
-def _row(scheme: str, rows: int, *, packed_bytes: int) -> dict[str, Any]:
+
+def _row(scheme: str, rows: int, shape: tuple[int, int]) -> dict[str, Any]:
     """A row that reaches every number, but none by far."""
+    k, n = shape
+    packed_bytes = k * n  # of all schemes, so that they take the same time
     return {
         "scheme": scheme,
         "rows": rows,
-        "k": 64,
-        "n": packed_bytes,
+        "k": k,
+        "n": n,
         "packed_bytes": packed_bytes,
         "seconds": packed_bytes / READ_BYTES_PER_S + 7.9e-6,
         "read_bytes_per_s": READ_BYTES_PER_S,
@@ -34,10 +44,9 @@ def _row(scheme: str, rows: int, *, packed_bytes: int) -> dict[str, Any]:
 
 
 def _good() -> dict[str, Any]:
-    sizes, counts = (4 << 20, (4 << 20) - 1), (1, 4, 16, 512)
     return {
         "read_check": [{"scheme": "w8a16", "k": 64, "n": 64, "ratio": 0.96}],
-        "rows": [_row(scheme, rows, packed_bytes=size) for size in sizes for rows in counts for scheme in SCHEMES],
+        "rows": [_row(scheme, rows, shape) for shape in SHAPES for rows in ROWS for scheme in SCHEMES],
         "encoders": [
             {"scheme": scheme, "read_ratio": 0.51, "seconds": 0.1, "num_parameters": 2**26} for scheme in SCHEMES
         ],
@@ -49,15 +58,15 @@ def _misses(result: dict[str, Any]) -> list[str]:
 
 
 def test_figures_that_reach_every_number_pass() -> None:
-    assert [requirement.verdict for requirement in check(_good())] == ["pass"] * 11
+    assert [requirement.verdict for requirement in check(_good())] == ["pass"] * 12
 
 
-def _change(rows: int, name: str, value: float, scheme: str = "w8a16") -> Callable[[dict[str, Any]], None]:
-    """Set one field in the rows of the larger matrix."""
+def _change(rows: int, name: str, value: float, scheme: str = "w8a16", shape: tuple[int, int] = LARGE) -> Change:
+    """Set one field in the rows of one matrix."""
 
     def change(result: dict[str, Any]) -> None:
         for row in result["rows"]:
-            if (row["rows"], row["scheme"], row["n"]) == (rows, scheme, 4 << 20):
+            if (row["rows"], row["scheme"], row["k"], row["n"]) == (rows, scheme, *shape):
                 row[name] = value
 
     return change
@@ -73,13 +82,13 @@ def _change(rows: int, name: str, value: float, scheme: str = "w8a16") -> Callab
         (_change(16, "linear_ratio", 1.031), "any rows: 1.03x bf16 linear"),
         (_change(512, "seconds", 1.0), "512 rows: formats within 10%"),
         (lambda result: result["read_check"][0].update(ratio=0.949), "the read reaches 0.95"),
-        (lambda result: result["rows"][12].update(seconds=1.0), "1 row, < 4 MiB: read time + 8 us"),
+        (_change(1, "seconds", 1.0, shape=SMALL), "1 row, < 4 MiB: read time + 8 us"),
         (lambda result: result["encoders"][1].update(read_ratio=0.499), "encoder w4a16-g64: 50%"),
         (lambda result: result["encoders"][2].update(seconds=2.0 * 2**26 / 1.1e9 + 1e-6), "encoder nf4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_figure_that_misses_one_number_fails_that_one(change: Callable[[dict[str, Any]], None], name: str) -> None:
+def test_a_figure_that_misses_one_number_fails_that_one(change: Change, name: str) -> None:
     result = copy.deepcopy(_good())
     change(result)
     (missed,) = _misses(result)
@@ -101,7 +110,28 @@ def test_what_was_not_measured_does_not_pass(
     path.write_text(json.dumps(result), encoding="utf-8")
     assert main() == 0
     assert "pass" in capsys.readouterr().out
-    result["rows"] = [row for row in result["rows"] if row["rows"] != 512]
+    result["encoders"] = []
     path.write_text(json.dumps(result), encoding="utf-8")
     assert main() == 1
-    assert "not measured  512 rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for scheme in SCHEMES:
+        assert f"not measured  encoder {scheme}" in printed
+
+
+@pytest.mark.parametrize(
+    ("is_left_out", "names"),
+    [
+        (lambda row: row["rows"] == 512, ["all points", "512 rows"]),
+        (lambda row: (row["k"], row["n"]) == SMALL and row["rows"] == 2048, ["all points"]),
+        (lambda row: row["scheme"] == "nf4", ["all points"]),
+        (lambda row: (row["k"], row["n"]) == LARGE, ["all points"]),
+        (lambda row: row["rows"] == 512 and row["scheme"] != "nf4", ["all points", "512 rows"]),
+    ],
+    ids=["a number of rows", "a number of rows of a shape", "a scheme", "a shape", "all schemes but one"],
+)
+def test_a_grid_with_a_gap_does_not_pass(is_left_out: Callable[[dict[str, Any]], bool], names: list[str]) -> None:
+    result = _good()
+    result["rows"] = [row for row in result["rows"] if not is_left_out(row)]
+    failed = [requirement.name for requirement in check(result) if requirement.verdict != "pass"]
+    assert len(failed) == len(names)
+    assert all(name.startswith(start) for name, start in zip(failed, names, strict=True))

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from service.demo import model_folder
+from service.engine.batch import Work
 from service.engine.runner import Runner
-from service.engine.scheduler import Work
 from service.engine.sequence import Sequence
 from service.loading.loader import LoadOptions, load_model
 from service.loading.progress import LoadProgress

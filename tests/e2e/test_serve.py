@@ -90,6 +90,16 @@ def test_the_saving_in_the_metrics_is_a_hand_count_of_the_file(demo: httpx.Clien
     assert figures["weight_saving_ratio"] == pytest.approx(1 - (codes + 4 * rows + vectors) / original, rel=1e-12)
 
 
+def test_a_prompt_that_comes_again_is_found_in_the_cache(demo: httpx.Client) -> None:
+    before = _metrics(demo)["prefix_cache_hit_tokens_total"]
+    fields = {"prompt": list(range(100, 140)), "max_tokens": 8, "temperature": 0}
+    for _ in range(2):
+        assert demo.post("/v1/completions", json=fields).status_code == 200
+    figures = _metrics(demo)
+    assert figures["prefix_cache_hit_tokens_total"] - before == 32
+    assert figures["kv_blocks cached"] >= 2
+
+
 def test_all_series_of_this_version_are_exported_with_the_common_labels(demo: httpx.Client) -> None:
     demo.post("/v1/completions", json={"prompt": "The", "max_tokens": 2})
     families = list(text_string_to_metric_families(demo.get("/metrics").text))
@@ -100,6 +110,7 @@ def test_all_series_of_this_version_are_exported_with_the_common_labels(demo: ht
         *("requests", "requests_running", "requests_waiting", "requests_rejected", "requests_finished"),
         *("request_queue_seconds", "time_to_first_token_seconds", "inter_token_seconds", "request_seconds"),
         *("step_seconds", "prompt_tokens", "generated_tokens", "engine_tokens", "batch_sequences", "batch_tokens"),
+        *("prefix_cache_hit_tokens", "preemptions"),
         *("kv_blocks", "kv_utilization_ratio", "step_errors", "nonfinite_logits", "last_step_timestamp_seconds"),
         "ready",
     }

@@ -147,12 +147,21 @@ class Recorder:
             assert self._changed.wait_for(predicate, TIMEOUT_S), f"{request_id} got {self.events.get(request_id)}"
 
 
+class CheckedEngine(Engine):
+    """Checks its blocks after each step."""
+
+    def step(self) -> None:
+        super().step()
+        with self._changed:
+            self._scheduler.check_integrity()
+
+
 @contextmanager
-def running(model: nn.Module, **limits: int) -> Iterator[tuple[Engine, Recorder]]:
+def running(model: nn.Module, **limits: Any) -> Iterator[tuple[Engine, Recorder]]:
     """A started engine; at the end each request has had one terminal event, its last, and no block is held."""
     recorder = Recorder()
     config = EngineConfig(**{"max_model_len": 512, "kv_memory_bytes": 1 << 21, "vocab_size": VOCAB_SIZE, **limits})
-    engine = Engine(model, config, observer=recorder, deliver=recorder.deliver)
+    engine = CheckedEngine(model, config, observer=recorder, deliver=recorder.deliver)
     engine.start()
     try:
         yield engine, recorder
@@ -165,7 +174,8 @@ def running(model: nn.Module, **limits: int) -> Iterator[tuple[Engine, Recorder]
         assert events[-1].timings is not None
     assert len(recorder.finished) == len(recorder.events)
     state = engine.state()
-    assert state.num_free_kv_blocks == state.num_kv_blocks
+    assert not state.has_failed
+    assert state.num_free_kv_blocks + state.num_cached_kv_blocks == state.num_kv_blocks
     assert state.num_running == state.num_waiting == 0
 
 

@@ -144,6 +144,22 @@ def test_an_observer_that_raises_takes_no_end_from_a_request(llama: PreTrainedMo
     engine.stop()
 
 
+def test_a_lost_block_stops_the_engine_loudly_when_it_is_idle(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(max_model_len=64, kv_memory_bytes=1 << 20, vocab_size=VOCAB_SIZE)
+    recorder = Recorder()
+    engine = Engine(llama, config, observer=recorder, deliver=recorder.deliver)
+    engine.start()
+    engine._allocator.allocate(1)
+    engine.submit("a", make_prompt(4), greedy(2))
+    assert recorder.reason("a") is FinishReason.LENGTH
+    engine.drain(TIMEOUT_S)
+    assert engine.state().has_failed
+    assert "holders, expected: {0: (1, 0)}" in caplog.text
+    engine.stop()
+
+
 def test_a_seeded_sequence_gets_the_same_tokens_with_and_without_neighbours() -> None:
     model = make_model("llama")
     params = {

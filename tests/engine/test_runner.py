@@ -6,8 +6,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from service.engine.batch import Work
 from service.engine.runner import Runner
-from service.engine.scheduler import Work
 from service.engine.sequence import Sequence
 from service.errors import UnsupportedModel
 from tests.engine.support import greedy, make_model, make_prompt, running, solo

@@ -1,127 +1,148 @@
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from service.engine.sampler import Sampler, warp
-from service.engine.sequence import SamplingParams
-
-SHAPES = {"flat": 0.1, "even": 1.0, "peaked": 5.0}
-
-
-def make_logits(vocab_size: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+from service.engine.sampler import Sampler
+from service.engine.sequence import SamplingParams, Sequence
+from tests.engine.support import make_prompt, running
+from tests.models import build_model
 
 
-def warped(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities float32[vocab] that `warp` leaves."""
-    candidates, probabilities = warp(logits, params)
-    if candidates is None:
-        return probabilities
-    return torch.zeros_like(logits).index_put_((candidates,), probabilities)
+def make_logits(vocab_size: int) -> Tensor:
+    return torch.randn((1, vocab_size), generator=torch.Generator().manual_seed(vocab_size))
 
 
-def oracle(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities float32[vocab] by transformers' processors."""
-    ids, scores = torch.zeros(1, 1, dtype=torch.int64), logits[None]
-    scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
-    if params.top_k:
-        scores = TopKLogitsWarper(params.top_k)(ids, scores)
-    if params.top_p < 1:
-        scores = TopPLogitsWarper(params.top_p)(ids, scores)
-    probabilities: Tensor = scores.softmax(-1)[0]
-    return probabilities
+def make_sequence(name: str, **params: Any) -> Sequence:
+    return Sequence(
+        request_id=name,
+        token_ids=[1, 2],
+        num_prompt_tokens=2,
+        params=SamplingParams(**{"max_tokens": 99} | params),
+        submitted_at=0,
+    )
 
 
-@pytest.mark.parametrize("scale", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [0, 1, 5, 300, 1000])
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 1.0])
-def test_probabilities_equal_those_of_transformers_processors(
-    scale: float, temperature: float, top_k: int, top_p: float
-) -> None:
-    logits = make_logits(1000, scale)
-    params = SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
-    ours, theirs = warped(logits, params), oracle(logits, params)
-    assert torch.equal(ours > 0, theirs > 0)
-    # Division before or after subtracting the peak: logits round by 2^-24 of their size, here at most 60.
-    torch.testing.assert_close(ours, theirs, rtol=60 * 2**-22, atol=0)
+def sample(sampler: Sampler, logits: Tensor, *sequences: Sequence) -> list[int | None]:
+    tokens = sampler.sample(logits.expand(len(sequences), -1).clone(), sequences)
+    return [None if token is None else token.token_id for token in tokens]
 
 
-@pytest.mark.parametrize("top_k", [3, 200, 256])
-def test_tokens_as_likely_as_the_kth_are_kept(top_k: int) -> None:
-    logits = make_logits(1000).mul(2).round()  # many ties, also across the first 256
-    params = SamplingParams(max_tokens=1, top_k=top_k)
-    assert torch.equal(warped(logits, params) > 0, oracle(logits, params) > 0)
-
-
-@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6], ids=str)
-def test_a_tiny_temperature_gives_the_likeliest_token(temperature: float) -> None:
-    logits = make_logits(300, 50.0)
-    probabilities = warped(logits, SamplingParams(max_tokens=1, temperature=temperature, top_p=0.9))
-    assert probabilities[logits.argmax()] == 1
+def run(sampler: Sampler, logits: Tensor, count: int, *sequences: Sequence) -> list[list[int | None]]:
+    """Sample `count` times from the same logits; the tokens of each sequence, which they are added to."""
+    steps = []
+    for _ in range(count):
+        steps.append(sample(sampler, logits, *sequences))
+        for sequence, token in zip(sequences, steps[-1], strict=True):
+            assert token is not None
+            sequence.token_ids.append(token)
+    return [list(tokens) for tokens in zip(*steps, strict=True)]
 
 
 def test_temperature_0_is_the_first_of_the_largest() -> None:
     logits = torch.tensor([[0.0, 7.0, 7.0], [3.0, -1.0, 2.0]])
-    rows = [(name, SamplingParams(max_tokens=1, temperature=0)) for name in "ab"]
-    assert Sampler().sample(logits, rows) == [1, 0]
+    tokens = Sampler().sample(logits, [make_sequence(name, temperature=0) for name in "ab"])
+    assert [token and token.token_id for token in tokens] == [1, 0]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"repetition_penalty": 1.1}], ids=str)
 @pytest.mark.parametrize(
     "bad",
     [[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [math.nan, math.inf, 0.0], [-math.inf] * 3],
     ids=["nan", "inf", "both", "all-minus-inf"],
 )
-def test_a_row_without_a_finite_peak_gets_no_token(temperature: float, bad: list[float]) -> None:
-    params = SamplingParams(max_tokens=1, temperature=temperature, seed=0)
+def test_a_row_without_a_finite_peak_gets_no_token(params: dict[str, float], bad: list[float]) -> None:
     good = [-math.inf, -math.inf, 2.0]  # a mask is no fault
-    tokens = Sampler().sample(torch.tensor([good, bad, good]), [(name, params) for name in "abc"])
-    assert tokens == [2, None, 2]
+    sequences = [make_sequence(name, **params, seed=0, num_logprobs=1) for name in "abc"]
+    first, second, third = Sampler().sample(torch.tensor([good, bad, good]), sequences)
+    assert second is None
+    assert first is not None
+    assert first == third
+    assert (first.token_id, first.logprobs) == (2, (0.0, ((2, 0.0),)))
+
+
+def test_infinite_logits_are_a_fault_also_where_they_are_masked() -> None:
+    sequence = make_sequence("a", min_tokens=1, stop_token_ids=frozenset({0}))
+    assert sample(Sampler(), torch.tensor([[math.inf, 0.0, 1.0]]), sequence) == [None]
 
 
 @pytest.mark.parametrize("top_k", [0, 4], ids=["whole-vocabulary", "candidates"])
 def test_tokens_come_as_often_as_their_probability(top_k: int) -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    logits = probabilities.log()
-    params = SamplingParams(max_tokens=1, seed=1, top_k=top_k)
-    sampler, num_draws = Sampler(), 4000
-    tokens = [sampler.sample(logits[None], [("a", params)])[0] for _ in range(num_draws)]
+    num_draws = 4000
+    (tokens,) = run(Sampler(), probabilities.log()[None], num_draws, make_sequence("a", seed=1, top_k=top_k))
     for token, probability in enumerate(probabilities.tolist()):
         spread = math.sqrt(probability * (1 - probability) / num_draws)
         assert abs(tokens.count(token) / num_draws - probability) <= 5 * spread
 
 
 def test_a_seed_gives_the_same_tokens_whatever_its_neighbours() -> None:
-    logits = make_logits(500)
-    mine = ("mine", SamplingParams(max_tokens=9, seed=7, top_p=0.9))
-    alone, together = Sampler(), Sampler()
-    expected = [alone.sample(logits[None], [mine])[0] for _ in range(20)]
-    neighbours = [
-        ("other", SamplingParams(max_tokens=9, seed=7)),
-        ("greedy", SamplingParams(max_tokens=9, temperature=0)),
+    logits = make_logits(5003)
+    variants: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 40, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"min_p": 0.1, "logit_bias": ((7, 5.0),), "num_logprobs": 3},
+        {"temperature": 0},
     ]
-    rows = [*neighbours, mine]
-    assert [together.sample(logits.expand(3, -1), rows)[2] for _ in range(20)] == expected
-    assert len(set(expected)) > 10
+    alone = [run(Sampler(), logits, 12, make_sequence("mine", seed=7, **params))[0] for params in variants]
+    sequences = [make_sequence(str(i), seed=7, **params) for i, params in enumerate(variants)]
+    assert run(Sampler(), logits, 12, *sequences) == alone
+    assert all(len(set(tokens)) > 5 for tokens in alone[:3])
 
 
 def test_a_forgotten_sequence_begins_its_seed_again() -> None:
-    logits, rows = make_logits(500)[None], [("a", SamplingParams(max_tokens=9, seed=-(2**63)))]
-    sampler = Sampler()
-    first, second = sampler.sample(logits, rows), sampler.sample(logits, rows)
+    logits, sampler = make_logits(500), Sampler()
+    first, second = (run(sampler, logits, 4, make_sequence("a", seed=-(2**63))) for _ in range(2))
     sampler.forget("a")
-    assert sampler.sample(logits, rows) == first != second
+    assert run(sampler, logits, 4, make_sequence("a", seed=-(2**63))) == first != second
 
 
 def test_without_a_seed_two_sequences_differ() -> None:
-    logits = make_logits(500).expand(2, -1)
-    rows = [(name, SamplingParams(max_tokens=9)) for name in "ab"]
-    sampler = Sampler()
-    drawn = [sampler.sample(logits, rows) for _ in range(20)]
-    assert [a for a, _ in drawn] != [b for _, b in drawn]
+    first, second = run(Sampler(), make_logits(500), 20, make_sequence("a"), make_sequence("b"))
+    assert first != second
+
+
+def test_a_stop_token_waits_for_the_fewest_tokens() -> None:
+    logits = torch.tensor([[9.0, 1.0, 0.0]])
+    sequence = make_sequence("a", temperature=0, min_tokens=3, stop_token_ids=frozenset({0}))
+    assert run(Sampler(), logits, 5, sequence) == [[1, 1, 1, 0, 0]]
+
+
+def test_logprobs_are_the_models_own_whatever_changes_its_logits() -> None:
+    logits = make_logits(300)
+    changed = {"temperature": 0.5, "top_k": 3, "logit_bias": ((5, 100.0),), "repetition_penalty": 5.0}
+    sequences = [make_sequence("a", **changed, num_logprobs=2), make_sequence("b", **changed)]
+    asked, silent = Sampler().sample(logits.repeat(2, 1), sequences)
+    assert asked is not None
+    assert asked.logprobs is not None
+    assert silent is not None
+    assert silent.logprobs is None
+    expected = logits[0].double().log_softmax(0)
+    assert asked.token_id == 5
+    assert asked.logprobs.logprob == pytest.approx(expected[5].item(), abs=1e-5)
+    assert [token_id for token_id, _ in asked.logprobs.top] == expected.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.5])
+def test_greedy_texts_with_a_repetition_penalty_are_those_of_generate(penalty: float) -> None:
+    model = build_model("llama")
+    prompts = [make_prompt(n) for n in (3, 17, 30)]
+    params = SamplingParams(max_tokens=30, temperature=0, repetition_penalty=penalty, num_logprobs=1)
+    with running(copy.deepcopy(model)) as (engine, recorder):
+        for prompt in prompts:
+            engine.submit(str(len(prompt)), prompt, params)
+        for prompt in prompts:
+            recorder.end(str(len(prompt)))
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 30, "eos_token_id": None, "do_sample": False, "repetition_penalty": penalty}
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        assert recorder.tokens(str(len(prompt))) == expected[0, len(prompt) :].tolist()
+        events = recorder.events[str(len(prompt))]
+        assert [len(event.logprobs) for event in events] == [len(event.token_ids) for event in events]

@@ -4,55 +4,21 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.engine.allocator import BlockAllocator
-from service.engine.scheduler import Batch, Failure, Outcome, Scheduler
-from service.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceStatus
-
-BLOCK_SIZE = 4
-STOP_TOKEN = 9
-ERROR = Failure(FinishReason.ERROR, "ValueError: no")
-
-
-def make_scheduler(
-    num_blocks: int = 16, *, max_num_seqs: int = 4, max_num_batched_tokens: int = 8, chunked: bool = True
-) -> Scheduler:
-    return Scheduler(
-        BlockAllocator(num_blocks),
-        block_size=BLOCK_SIZE,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        chunked=chunked,
-    )
-
-
-def make_sequence(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 2) -> Sequence:
-    return Sequence(
-        request_id=request_id,
-        token_ids=[1] * num_prompt_tokens,
-        num_prompt_tokens=num_prompt_tokens,
-        params=SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({STOP_TOKEN})),
-        submitted_at=0.0,
-    )
-
-
-def shares(batch: Batch | None) -> list[tuple[str, int, int]]:
-    assert batch is not None
-    return [(work.sequence.request_id, work.position, work.count) for work in batch.works]
-
-
-def outcomes_of(batch: Batch, token: Outcome = 1) -> dict[str, Outcome]:
-    return {work.sequence.request_id: token for work in batch.works if work.samples}
-
-
-def step(scheduler: Scheduler, token: Outcome = 1, now: float = 1.0) -> list[tuple[str, int, int]]:
-    batch = scheduler.schedule(now)
-    assert batch is not None
-    scheduler.commit(batch, outcomes_of(batch, token), now)
-    return shares(batch)
+from service.engine.batch import Failure, Outcome, Token
+from service.engine.pacing import StepPacer
+from service.engine.sequence import FinishReason, SequenceStatus, TokenLogprobs
+from tests.engine.scheduling import (
+    BLOCK_SIZE,
+    ERROR,
+    ONE,
+    STOP,
+    make_scheduler,
+    make_sequence,
+    outcomes_of,
+    shares,
+    step,
+)
 
 
 def test_decodes_come_first_and_prompts_share_the_rest() -> None:
@@ -96,7 +62,7 @@ def test_a_whole_prompt_is_computed_in_one_step_however_long_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("token", "reason", "delivered"),
-    [(STOP_TOKEN, FinishReason.STOP, ()), (1, FinishReason.LENGTH, (1,)), (ERROR, FinishReason.ERROR, ())],
+    [(STOP, FinishReason.STOP, ()), (ONE, FinishReason.LENGTH, (1,)), (ERROR, FinishReason.ERROR, ())],
     ids=["stop-token-is-kept-back", "length", "failure"],
 )
 def test_the_terminal_event_says_how_it_ended(token: Outcome, reason: FinishReason, delivered: tuple[int, ...]) -> None:
@@ -159,86 +125,61 @@ def test_the_scheduler_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of submit, abort, schedule and commit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler = make_scheduler(num_blocks=8, max_num_seqs=3, max_num_batched_tokens=5)
-        self.sequences: dict[str, Sequence] = {}
-        self.ended: dict[str, FinishReason] = {}
-        self.started: list[str] = []
-        self.batch: Batch | None = None
-        self.now = 0.0
-
-    @rule(num_prompt_tokens=st.integers(1, 16), max_tokens=st.integers(1, 16))
-    def submit(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        sequence = make_sequence(str(len(self.sequences)), num_prompt_tokens, max_tokens)
-        self.sequences[sequence.request_id] = sequence
-        self.scheduler.add(sequence)
-
-    @rule(number=st.integers(0, 60), reason=st.sampled_from([FinishReason.ABORT, FinishReason.TIMEOUT]))
-    def abort(self, number: int, reason: FinishReason) -> None:
-        self.scheduler.abort(str(number), reason, self.now)
-
-    @precondition(lambda self: self.batch is None)
-    @rule()
-    def schedule(self) -> None:
-        self.now += 1
-        self.batch = self.scheduler.schedule(self.now)
-        if self.batch is None:
-            return
-        assert 1 <= sum(work.count for work in self.batch.works) <= 5
-        for work in self.batch.works:
-            sequence = work.sequence
-            last_slot = work.position + work.count - 1
-            assert work.position == sequence.num_computed
-            assert last_slot // BLOCK_SIZE < len(sequence.block_table), "a token has no block"
-            if sequence.scheduled_at == self.now:
-                self.started.append(sequence.request_id)
-
-    @precondition(lambda self: self.batch is not None)
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        assert self.batch is not None
-        choices: list[Outcome] = [1, 2, STOP_TOKEN, ERROR]
-        outcomes: dict[str, Outcome] = {}
-        for work in self.batch.works:
-            outcome = data.draw(st.sampled_from(choices))
-            if work.samples or isinstance(outcome, Failure):
-                outcomes[work.sequence.request_id] = outcome
-        self.scheduler.commit(self.batch, outcomes, self.now)
-        self.batch = None
-
-    @rule()
-    def take_events(self) -> None:
-        for event in self.scheduler.take_events():
-            assert event.request_id not in self.ended, "an event after the terminal one"
-            if event.finish_reason is not None:
-                self.ended[event.request_id] = event.finish_reason
-                assert not self.sequences[event.request_id].block_table
-
-    @invariant()
-    def blocks_are_conserved(self) -> None:
-        self.scheduler.check_integrity()
-
-    @invariant()
-    def nobody_is_overtaken(self) -> None:
-        assert self.started == sorted(self.started, key=int)
-
-    def teardown(self) -> None:
-        """Whatever happened, all accepted sequences end."""
-        for _ in range(1000):
-            if self.batch is not None:
-                self.scheduler.commit(self.batch, outcomes_of(self.batch), self.now)
-                self.batch = None
-            self.take_events()
-            if not self.scheduler.has_work:
-                break
-            self.schedule()
-        assert self.ended.keys() == self.sequences.keys()
-        self.scheduler.check_integrity()
+@pytest.mark.parametrize("max_tokens", [1, 2], ids=["last", "not-last"])
+def test_log_probabilities_travel_with_their_token(max_tokens: int) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", 3, max_tokens))
+    logprobs = TokenLogprobs(-0.5, ((1, -0.5),))
+    step(scheduler, Token(1, logprobs))
+    (event,) = scheduler.take_events()
+    assert (event.token_ids, event.logprobs) == ((1,), (logprobs,))
 
 
-TestAnyInterleaving = SchedulerMachine.TestCase
-TestAnyInterleaving.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+# Prompts beside decodes
+
+
+def timed_chunks(pacer: StepPacer | None, num_prompt_tokens: int = 600) -> list[tuple[int, float]]:
+    """Prompt tokens and seconds of the steps of a long prompt beside a decode: 10 ms, and 1 ms for each token."""
+    scheduler = make_scheduler(num_blocks=400, max_num_batched_tokens=512, pacer=pacer)
+    scheduler.add(make_sequence("decodes", 100, 500))
+    found = []
+    now = 0.0
+    for number in range(60):
+        if number == 10:
+            scheduler.add(make_sequence("prompt", num_prompt_tokens, 500))
+        batch = scheduler.schedule(now)
+        assert batch is not None
+        count = sum(work.num_prompt_tokens for work in batch.works)
+        now += 0.010 + 0.001 * count
+        stats = scheduler.commit(batch, outcomes_of(batch), now)
+        if number >= 10 and count:
+            found.append((count, stats.seconds))
+    assert sum(count for count, _ in found) == num_prompt_tokens
+    return found
+
+
+def test_steps_that_decode_stay_within_their_time_however_long_a_prompt_is() -> None:
+    found = timed_chunks(StepPacer(0.050, least_tokens=BLOCK_SIZE))
+    assert max(seconds for _, seconds in found) <= 0.050
+    assert [count for count, _ in found[5:-1]] == pytest.approx([40] * len(found[5:-1]), abs=2)
+
+
+def test_without_a_pacer_a_prompt_takes_all_tokens_of_a_step() -> None:
+    assert [count for count, _ in timed_chunks(None)] == [511, 89]
+
+
+def test_a_prompt_beside_decodes_gets_a_block_of_tokens_in_any_case() -> None:
+    found = timed_chunks(StepPacer(0.001, least_tokens=BLOCK_SIZE), num_prompt_tokens=120)
+    assert [count for count, _ in found] == [BLOCK_SIZE] * 30
+
+
+def test_a_prompt_alone_takes_all_tokens_of_a_step() -> None:
+    pacer = StepPacer(0.001, least_tokens=BLOCK_SIZE)
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=64, pacer=pacer)
+    for name in "ab":
+        scheduler.add(make_sequence(name, 100, 1))
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        assert shares(batch) == [(name, 0, 64)]
+        scheduler.commit(batch, {}, 9.0)
+        scheduler.abort(name, FinishReason.ABORT, 9.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from service.engine.scheduler import Work
+from service.engine.batch import Work
 from service.engine.sequence import FinishReason, Sequence
 from service.engine.sequential import CacheRunner
 from service.engine.sizing import kv_memory_bytes

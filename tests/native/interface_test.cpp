@@ -15,9 +15,9 @@ struct Call {
     pw_weight weight;
     pw_linear_call call;
     explicit Call(const Kind &kind)
-        : problem(kind, {3, 33, 65}, {0, 0, 0, true}, kRounded, 1), y(problem.y_size(), 2, 0), weight(problem.weight),
-          call{&weight, problem.x.as<uint16_t>(), 3, problem.x_stride, y.as<uint16_t>(), problem.y_stride,
-               problem.bias.as<uint16_t>(), PW_AUTO, PW_BFLOAT16} {}
+        : problem(kind, {3, 33, 65}, {0, 0, 0, true}, kRounded, 1), y(problem.make_y()), weight(problem.weight),
+          call{&weight, problem.x.as<void>(), 3, problem.x_stride, y.as<void>(), problem.y_stride,
+               problem.bias.as<void>(), PW_AUTO, PW_BFLOAT16} {}
     int run() const { return pw_linear_packed(&call); }
 };
 

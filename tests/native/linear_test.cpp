@@ -30,16 +30,8 @@ std::vector<Kind> all_kinds() {
 
 // A product by one unit, with memory of exact sizes where the library has buffers that only grow. It is done in pieces,
 // the last first, because their order must not matter.
-void multiply(const pw_kernels *kernels, const Problem &problem, int32_t regime, uint16_t *y) {
-    pw_linear_task task{};
-    task.weight = &problem.weight;
-    task.x = problem.x.as<uint16_t>();
-    task.rows = problem.shape.rows;
-    task.x_stride = problem.x_stride;
-    task.y = y;
-    task.y_stride = problem.y_stride;
-    task.bias = problem.bias.as_or_null<uint16_t>();
-    task.regime = regime;
+void multiply(const pw_kernels *kernels, const Problem &problem, int32_t regime, const Memory &y) {
+    pw_linear_task task = problem.task(regime, y);
     const Memory packed(kernels->packed_bytes(&task), 64, 0xff);
     if (packed.size()) {
         task.packed_x = packed.as<void>();
@@ -53,32 +45,37 @@ void multiply(const pw_kernels *kernels, const Problem &problem, int32_t regime,
 
 // Whether the library puts the same pieces together.
 bool is_library_equal(const Problem &problem, int32_t regime, const Memory &y) {
-    const Memory again(problem.y_size(), 2, Problem::kUnwritten);
-    return pw_linear(&problem.weight, problem.x.as<uint16_t>(), problem.shape.rows, problem.x_stride,
-                     again.as<uint16_t>(), problem.y_stride, problem.bias.as_or_null<uint16_t>(), regime,
-                     PW_BFLOAT16) == PW_OK &&
-           memcmp(y.as<void>(), again.as<void>(), y.size()) == 0;
+    const Memory again = problem.make_y();
+    return problem.run_library(regime, again) == PW_OK && memcmp(y.as<void>(), again.as<void>(), y.size()) == 0;
 }
 
 void check_regime(const Problem &problem, const Unit &unit, int32_t regime) {
-    const Memory y(problem.y_size(), 2, Problem::kUnwritten);
-    multiply(unit.kernels(), problem, regime, y.as<uint16_t>());
-    if (!problem.check_result(y.as<uint16_t>(), regime, unit.name) || !unit.is_in_library || regime != PW_AUTO) return;
+    const Memory y = problem.make_y();
+    multiply(problem.kernels_of(unit.kernels()), problem, regime, y);
+    if (!problem.check_result(y, regime, unit.name) || !unit.is_in_library || regime != PW_AUTO) return;
     if (!is_library_equal(problem, regime, y))
         check(false, "%s: pw_linear is not what its pieces are: %s", unit.name, problem.describe().c_str());
 }
 
 void check_units(const Problem &problem, std::initializer_list<int32_t> regimes) {
     for (const Unit &unit : kUnits) {
-        if (!can_run(unit)) continue;
+        if (!can_run(unit) || !problem.kernels_of(unit.kernels())) continue;
         if (unit.is_in_library) check(pw_select(unit.name) == PW_OK, "%s is not selected", unit.name);
         for (int32_t regime : regimes) check_regime(problem, unit, regime);
     }
 }
 
+// Every fourth case has float32 activations too, for time; four kinds together meet each number of rows.
+bool is_float_too(const Kind &kind, uint64_t seed) {
+    return kind.format != PW_BF16 && (seed / kNumRows + seed) % 4 == 0;
+}
+
 void check_values(const Kind &kind, const Shape &shape, const Lie &lie, uint64_t seed) {
-    for (Values values : {kExact, kRounded})
+    for (Values values : {kExact, kRounded}) {
         check_units(Problem(kind, shape, lie, values, seed), {PW_AUTO, PW_FEW, PW_PANEL});
+        if (is_float_too(kind, seed))
+            check_units(Problem(kind, shape, lie, values, seed, PW_FLOAT32), {PW_AUTO, PW_FEW, PW_PANEL});
+    }
 }
 
 // Larger products get fewer outputs, for time.

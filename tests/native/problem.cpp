@@ -41,16 +41,17 @@ double round_to_bf16(double value) {
     return ldexp(nearbyint(ldexp(value, 7 - exponent)), exponent - 7);
 }
 
-// Sign and 8 significant bits, of magnitude 2^low .. 2^high.
-float any_number(Random &random, int low, int high) {
-    const float magnitude = ldexpf(1.0f + (float)random.below(128) / 128, low + random.below(high - low));
+// Sign and significant bits, 8 or as many as float32 has, of magnitude 2^low .. 2^high.
+float any_number(Random &random, int low, int high, bool all_bits = false) {
+    const float fraction = all_bits ? (float)random.below(1 << 23) / (1 << 23) : (float)random.below(128) / 128;
+    const float magnitude = ldexpf(1 + fraction, low + random.below(high - low));
     return random.below(2) ? magnitude : -magnitude;
 }
 
-float activation(Random &random, Values values) {
+float activation(Random &random, Values values, bool all_bits) {
     if (values == kExact) return (float)(random.below(7) - 3);
     if (random.below(40) == 0) return ldexpf((float)(1 + random.below(127)), -133);  // subnormal
-    return random.below(12) == 0 ? 0 : any_number(random, -6, 3);
+    return random.below(12) == 0 ? 0 : any_number(random, -6, 3, all_bits);
 }
 
 float scale(Random &random, Values values) {
@@ -58,8 +59,8 @@ float scale(Random &random, Values values) {
     return any_number(random, -9, -4);
 }
 
-float level(Random &random, Values values) {
-    return values == kExact ? (float)(random.below(255) - 127) : any_number(random, -6, 0);
+float level(Random &random, Values values, bool all_bits) {
+    return values == kExact ? (float)(random.below(255) - 127) : any_number(random, -6, 0, all_bits);
 }
 
 // Where a code lies in the tiles of a weight, as kernels.h draws it.
@@ -93,15 +94,16 @@ size_t scale_count(const Kind &kind, const Shape &shape) {
 
 }  // namespace
 
-Problem::Problem(const Kind &kind, const Shape &shape, const Lie &lie, Values values, uint64_t seed)
-    : kind(kind), shape(shape), values(values), lie(lie), strips(ceiling(shape.out, 16)), tiles(ceiling(shape.in, 32)),
+Problem::Problem(const Kind &kind, const Shape &shape, const Lie &lie, Values values, uint64_t seed, int32_t dtype)
+    : kind(kind), shape(shape), values(values), lie(lie), dtype(dtype), strips(ceiling(shape.out, 16)),
+      tiles(ceiling(shape.in, 32)),
       groups(num_groups(kind, shape)), x_stride(shape.in + lie.x_gap), y_stride(shape.out + lie.y_gap),
       qweight(qweight_bytes(kind, shape), 2, 0),
       scales(scale_count(kind, shape) * (kind.scale_type == PW_SCALE_F32 ? 4 : 2), 4, 0),
       zero_points(kind.zero_points ? scale_count(kind, shape) / 2 : 0, 1, 0),
       levels(kind.format == PW_TABLE4 ? 64 : 0, 4, 0),
-      x((size_t)((shape.rows - 1) * x_stride + shape.in) * 2, 2, 0xff, (size_t)lie.x_slack * 2),
-      bias(lie.bias ? (size_t)shape.out * 2 : 0, 2, 0) {
+      x((size_t)((shape.rows - 1) * x_stride + shape.in) * width(), width(), 0xff, (size_t)lie.x_slack * width()),
+      bias(lie.bias ? (size_t)shape.out * width() : 0, width(), 0) {
     weight = {qweight.as<void>(), scales.as_or_null<void>(), zero_points.as_or_null<uint8_t>(),
               levels.as_or_null<float>(), shape.out, shape.in, kind.group_size, kind.format, kind.scale_type};
     fill(seed);
@@ -112,8 +114,10 @@ std::string Problem::describe() const {
     static const char *const formats[] = {"int8", "table4", "bf16"};
     char text[200];
     snprintf(text, sizeof text,
-             "%s%s, %s scales, groups of %ld, [%ld, %ld] x [%ld, %ld], gaps %ld and %ld, slack %ld%s, %s",
-             formats[kind.format], kind.zero_points ? " with zero points" : "", kind.scale_type ? "bf16" : "f32",
+             "%s activations, %s%s, %s scales, groups of %ld, [%ld, %ld] x [%ld, %ld], gaps %ld and %ld, slack %ld%s, "
+             "%s",
+             is_float() ? "f32" : "bf16", formats[kind.format], kind.zero_points ? " with zero points" : "",
+             kind.scale_type ? "bf16" : "f32",
              (long)kind.group_size, (long)shape.rows, (long)shape.in, (long)shape.out, (long)shape.in, (long)lie.x_gap,
              (long)lie.y_gap, (long)lie.x_slack, lie.bias ? ", bias" : "", values == kExact ? "exact" : "rounded");
     return text;
@@ -123,20 +127,18 @@ void Problem::fill(uint64_t seed) {
     Random random(seed);
     const bool exact = values == kExact;
     for (int64_t m = 0; m < shape.rows; ++m) {  // what lies between the rows stays NaN
-        uint16_t *row = x.as<uint16_t>() + m * x_stride;
-        for (int64_t k = 0; k < shape.in; ++k) row[k] = bf16_bits(activation(random, values));
+        for (int64_t k = 0; k < shape.in; ++k) set_number(x, m * x_stride + k, activation(random, values, is_float()));
     }
-    for (size_t n = 0; n < bias.size() / 2; ++n)
-        bias.as<uint16_t>()[n] = bf16_bits(exact ? (float)(random.below(129) - 64) : any_number(random, -3, 3));
-    for (size_t i = 0; i < levels.size() / 4; ++i)
-        levels.as<float>()[i] = (float)bf16_value(bf16_bits(level(random, values)));
+    for (int64_t n = 0; n < (lie.bias ? shape.out : 0); ++n)
+        set_number(bias, n, exact ? (float)(random.below(129) - 64) : any_number(random, -3, 3, is_float()));
+    for (size_t i = 0; i < levels.size() / 4; ++i) levels.as<float>()[i] = level(random, values, is_float());
     for (int64_t n = 0; n < shape.out; ++n)
         for (int64_t k = 0; k < shape.in; ++k) {
             const Place place(tiles, n, k);
             switch (kind.format) {
                 case PW_INT8: qweight.as<int8_t>()[place.byte8()] = (int8_t)(random.below(255) - 127); break;
                 case PW_TABLE4: set_bits4(qweight, place.bit4(), random.below(16)); break;
-                default: qweight.as<uint16_t>()[n * shape.in + k] = bf16_bits(level(random, values)); break;
+                default: qweight.as<uint16_t>()[n * shape.in + k] = bf16_bits(level(random, values, false)); break;
             }
         }
     for (size_t i = 0; i < scale_count(kind, shape); ++i) {
@@ -150,6 +152,35 @@ void Problem::fill(uint64_t seed) {
             scales.as<float>()[i] = all_bits;
         if (kind.zero_points && !is_padding) set_bits4(zero_points, (int64_t)i * 4, random.below(16));
     }
+}
+
+double Problem::number(const Memory &numbers, int64_t index) const {
+    return is_float() ? numbers.as<float>()[index] : bf16_value(numbers.as<uint16_t>()[index]);
+}
+
+void Problem::set_number(const Memory &numbers, int64_t index, float value) const {
+    if (is_float())
+        numbers.as<float>()[index] = value;
+    else
+        numbers.as<uint16_t>()[index] = bf16_bits(value);
+}
+
+pw_linear_task Problem::task(int32_t regime, const Memory &y) const {
+    pw_linear_task task{};
+    task.weight = &weight;
+    task.x = x.as<void>();
+    task.rows = shape.rows;
+    task.x_stride = x_stride;
+    task.y = y.as<void>();
+    task.y_stride = y_stride;
+    task.bias = bias.as_or_null<void>();
+    task.regime = regime;
+    return task;
+}
+
+int Problem::run_library(int32_t regime, const Memory &y) const {
+    return pw_linear(&weight, x.as<void>(), shape.rows, x_stride, y.as<void>(), y_stride, bias.as_or_null<void>(),
+                     regime, dtype);
 }
 
 void Problem::compute() {
@@ -175,10 +206,10 @@ void Problem::compute() {
         }
     std::vector<double> row((size_t)shape.in);
     for (int64_t m = 0; m < shape.rows; ++m) {
-        for (int64_t k = 0; k < shape.in; ++k) row[(size_t)k] = bf16_value(x.as<uint16_t>()[m * x_stride + k]);
+        for (int64_t k = 0; k < shape.in; ++k) row[(size_t)k] = number(x, m * x_stride + k);
         for (int64_t n = 0; n < shape.out; ++n) {
             const double *w = weights.data() + n * shape.in, *part = parts.data() + n * shape.in, *xs = row.data();
-            const double b = lie.bias ? bf16_value(bias.as<uint16_t>()[n]) : 0;
+            const double b = lie.bias ? number(bias, n) : 0;
             double sum = b, product = 0, term = fabs(b);
             for (int64_t k = 0; k < shape.in; ++k) {
                 sum += xs[k] * w[k];
@@ -205,27 +236,32 @@ void Problem::compute() {
 //    bfloat16: less than 2^-126 for each x, weight and sum, times what they are multiplied with, which is below 2^8
 //    here. That makes less than 2^-116 for each product.
 // 4. The result is rounded to bfloat16: half a unit in its last place, which is 2^-7 of its power of two.
+//
+// With float32 activations 2 and 4 do not apply: weights and results have float32's 24 bits, and their rounding is
+// among the steps of 1, as is that of a product, which then is no longer exact. Numbers below 2^-126 lose 2^-150 at
+// most in each step, less than 3 allows for.
 double Problem::bound(int64_t index, bool weights_are_rounded) const {
     const double steps = (double)(shape.in + 5) * 0x1p-24;
     double error = terms[(size_t)index] * steps / (1 - steps) + (double)(shape.in + 1) * 0x1p-116;
     if (weights_are_rounded) error += products[(size_t)index] * 0x1p-8;
-    return error + ldexp(1, ilogb(fabs(expected[(size_t)index]) + error) - 8);
+    return is_float() ? error : error + ldexp(1, ilogb(fabs(expected[(size_t)index]) + error) - 8);
 }
 
-bool Problem::check_result(const uint16_t *y, int32_t regime, const char *who) const {
-    const bool weights_are_rounded = kind.group_size && regime != PW_FEW;
+bool Problem::check_result(const Memory &y, int32_t regime, const char *who) const {
+    const bool weights_are_rounded = !is_float() && kind.group_size && regime != PW_FEW;
+    constexpr uint8_t gap[] = {kUnwritten, kUnwritten, kUnwritten, kUnwritten};
     for (int64_t m = 0; m < shape.rows; ++m)
         for (int64_t n = 0; n < (m + 1 < shape.rows ? y_stride : shape.out); ++n) {
-            const uint16_t bits = y[m * y_stride + n];
             if (n >= shape.out) {
-                if (bits != 0xffff)
+                if (memcmp(y.as<char>() + (size_t)(m * y_stride + n) * width(), gap, width()) != 0)
                     return check(false, "%s, regime %d: y[%ld, %ld], a gap, is written: %s", who, regime, (long)m,
                                  (long)n, describe().c_str());
                 continue;
             }
             const int64_t index = m * shape.out + n;
-            const double result = bf16_value(bits);
-            const double sum = expected[(size_t)index], wanted = values == kExact ? round_to_bf16(sum) : sum;
+            const double result = number(y, m * y_stride + n);
+            const double sum = expected[(size_t)index];
+            const double wanted = values == kExact && !is_float() ? round_to_bf16(sum) : sum;
             const double limit = values == kExact ? 0 : bound(index, weights_are_rounded);
             const double error = fabs(result - wanted);
             if (!(error <= limit))  // NaN is no error that is larger

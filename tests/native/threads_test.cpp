@@ -66,11 +66,7 @@ int32_t parallel_for(int64_t begin, int64_t end, int64_t grain_size, pw_body bod
 struct Result {
     int status;
     Memory y;
-    explicit Result(const Problem &problem, int32_t regime) : y(problem.y_size(), 2, Problem::kUnwritten) {
-        status = pw_linear(&problem.weight, problem.x.as<uint16_t>(), problem.shape.rows, problem.x_stride,
-                           y.as<uint16_t>(), problem.y_stride, problem.bias.as_or_null<uint16_t>(), regime,
-                           PW_BFLOAT16);
-    }
+    Result(const Problem &problem, int32_t regime) : y(problem.make_y()) { status = problem.run_library(regime, y); }
     bool operator==(const Result &other) const {
         return status == other.status && memcmp(y.as<void>(), other.y.as<void>(), y.size()) == 0;
     }
@@ -86,11 +82,14 @@ Problems make_problems() {
                               {PW_TABLE4, PW_SCALE_F32, false, 64},
                               {PW_BF16, PW_SCALE_F32, false, 0}};
     Problems problems;
-    const auto add = [&](const Kind &kind, const Shape &shape) {
-        problems.push_back(std::make_unique<Problem>(kind, shape, Lie{1, 1, 0, true}, kRounded, problems.size()));
+    const auto add = [&](const Kind &kind, const Shape &shape, int32_t dtype = PW_BFLOAT16) {
+        problems.push_back(
+            std::make_unique<Problem>(kind, shape, Lie{1, 1, 0, true}, kRounded, problems.size(), dtype));
     };
     for (const Kind &kind : kinds)
         for (int64_t rows : {1, 20}) add(kind, {rows, 395, 321});
+    add(kinds[1], {20, 395, 321}, PW_FLOAT32);
+    add(kinds[2], {70, 72, 513}, PW_FLOAT32);
     add(kinds[1], {70, 72, 513});
     add(kinds[2], {70, 72, 513});
     return problems;
@@ -115,7 +114,7 @@ void *call_first(void *argument) {
     const Problem &problem = *(const Problem *)argument;
     const Result result(problem, PW_AUTO);
     check(result.status == PW_OK, "the first call returns %d", result.status);
-    problem.check_result(result.y.as<uint16_t>(), PW_AUTO, pw_selected());
+    problem.check_result(result.y, PW_AUTO, pw_selected());
     return nullptr;
 }
 
@@ -131,7 +130,7 @@ void check_thread_counts(const Problems &problems, const char *isa) {
         for (int32_t regime : {PW_AUTO, PW_FEW, PW_PANEL}) {
             pool_threads = 1;
             auto expected = std::make_unique<Result>(*problem, regime);
-            problem->check_result(expected->y.as<uint16_t>(), regime, isa);
+            problem->check_result(expected->y, regime, isa);
             for (uint32_t count = 2; count <= kMostThreads; ++count) {
                 pool_threads = count;
                 check(Result(*problem, regime) == *expected, "%s, regime %d: another result with %u threads: %s", isa,
@@ -141,6 +140,35 @@ void check_thread_counts(const Problems &problems, const char *isa) {
         }
     Caller caller{&problems, &alone};
     run_twice(Caller::run, &caller);
+}
+
+// What the library does with the kernels of a unit, for one that is not in it.
+struct Pieces {
+    const pw_kernels *kernels;
+    pw_linear_task task;
+    int64_t strips;
+    static void pack(int64_t begin, int64_t end, void *context) {
+        const Pieces &pieces = *(const Pieces *)context;
+        pieces.kernels->pack(&pieces.task, begin, end);
+    }
+    static void multiply(int64_t begin, int64_t end, void *context) {  // pairs of strips, as panels hold them
+        const Pieces &pieces = *(const Pieces *)context;
+        const Memory scratch(pieces.kernels->scratch_bytes(&pieces.task), 64, 0xff);
+        pieces.kernels->multiply(&pieces.task, 2 * begin, 2 * end < pieces.strips ? 2 * end : pieces.strips,
+                                 scratch.as_or_null<void>());
+    }
+};
+
+void check_pieces(const Problem &problem, const Unit &unit, int32_t regime) {
+    const Memory y = problem.make_y();
+    Pieces pieces{problem.kernels_of(unit.kernels()), problem.task(regime, y), problem.strips};
+    if (!pieces.kernels) return;
+    const Memory packed(pieces.kernels->packed_bytes(&pieces.task), 64, 0xff);
+    pieces.task.packed_x = packed.as_or_null<void>();
+    pool_threads = kMostThreads;
+    if (packed.size()) parallel_for(0, pieces.kernels->pack_pieces(&pieces.task), 1, Pieces::pack, &pieces);
+    parallel_for(0, (problem.strips + 1) / 2, 1, Pieces::multiply, &pieces);
+    problem.check_result(y, regime, unit.name);
 }
 
 void check_refusal(const Problem &problem) {
@@ -171,7 +199,12 @@ void test_threads() {
     pool_threads = kMostThreads;
     run_twice(call_first, problems.back().get());  // before anything has selected an instruction set
     for (const Unit &unit : kUnits) {
-        if (!unit.is_in_library || !can_run(unit)) continue;
+        if (!can_run(unit)) continue;
+        if (!unit.is_in_library) {
+            for (const auto &problem : problems)
+                for (int32_t regime : {PW_AUTO, PW_FEW, PW_PANEL}) check_pieces(*problem, unit, regime);
+            continue;
+        }
         check(pw_select(unit.name) == PW_OK, "%s is not selected", unit.name);
         check_thread_counts(problems, unit.name);
         check_read();

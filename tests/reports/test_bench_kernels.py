@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.cli import main
+from service.commands import bench_kernels
 from service.errors import SettingError
 from service.kernels import dispatch
 from service.numerics.encode import storage_shapes
@@ -23,6 +26,7 @@ from service.numerics.schemes import parse_scheme
 from service.reports.bench_kernels import KernelReport, PackedCopies, find_reader, measure
 from service.reports.bench_options import KernelBench, Shape
 from service.reports.bench_table import print_report, terminal_progress
+from service.settings import Settings
 
 SCHEMES = ("w8a16", "w4a16-g64", "nf4")
 NUMBER = {"type": "number", "exclusiveMinimum": 0}
@@ -132,6 +136,7 @@ def test_bytes_are_those_of_all_buffers_and_rates_follow(report: KernelReport) -
         assert min(row.footprint_bytes, row.bf16_footprint_bytes) >= 1 << 16
     for encoder in report.encoders:
         assert encoder.source_bytes == 2 * encoder.num_parameters == 2 * BENCH.encoder_parameters
+        assert encoder.footprint_bytes >= 2 * encoder.source_bytes
         assert encoder.bytes_per_s == pytest.approx(encoder.source_bytes / encoder.seconds)
     assert report.footprint["bytes"] == 1 << 16
 
@@ -178,6 +183,22 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_is_measured() -> N
         measure(bench, num_threads=1, kernel_isa="auto", on_progress=lambda *_: pytest.fail("something was measured"))
 
 
+def test_encoders_that_do_not_fit_are_refused_before_anything_is_measured() -> None:
+    available = psutil.virtual_memory().available
+    bench = dataclasses.replace(BENCH, encoder_parameters=available)  # two bytes of each
+    message = rf"--encoder-parameters {available}: takes \d+ bytes, and \d+ are available; give fewer, or 0 to leave"
+    with pytest.raises(SettingError, match=message):
+        measure(bench, num_threads=1, kernel_isa="auto", on_progress=lambda *_: pytest.fail("something was measured"))
+
+
+def test_more_parameters_are_more_matrices_of_a_layers_size() -> None:
+    bench = dataclasses.replace(BENCH, schemes=BENCH.schemes[:1], shapes=BENCH.shapes[:1], rows=(1,))
+    bench = dataclasses.replace(bench, encoder_parameters=3 * 2048 * 5632 - 1)
+    (row,) = measure(bench, num_threads=1, kernel_isa="auto", on_progress=lambda *_: None).encoders
+    assert row.num_parameters == 2048 * 5632
+    assert row.footprint_bytes == 3 * row.source_bytes
+
+
 def test_people_see_each_shape_and_scheme(report: KernelReport) -> None:
     screen = io.StringIO()
     print_report(report, Console(file=screen, width=140))
@@ -214,3 +235,14 @@ def test_the_command_prints_its_figures_and_writes_them(
     else:
         assert "64 x 32" in printed.out
     assert printed.err == ""
+
+
+def test_figures_that_cannot_be_written_are_printed_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "folder"
+    bench = dataclasses.replace(BENCH, shapes=BENCH.shapes[:1], rows=(1,), encoder_parameters=0, output=output)
+    output.mkdir()  # after the file was found possible
+    with pytest.raises(SettingError, match=r"--output .*folder: Is a directory; it must be a file that can be written"):
+        bench_kernels(bench, Settings(threads=1), as_json=True)
+    jsonschema.validate(json.loads(capsys.readouterr().out), SCHEMA)

@@ -85,6 +85,8 @@ def test_settings_come_from_the_environment_and_from_a_file_too(tmp_path: Path) 
         ("--encoder-parameters=4294967297", "--encoder-parameters 4294967297: must be"),
         ("--output=/nowhere/figures.json", "--output /nowhere/figures.json: must be a file in a folder that exists"),
         ("--output=/", "--output /: must be a file"),
+        ("--output=/proc/1/x.json", "--output /proc/1/x.json: .*; it must be a file that can be written: name one in"),
+        ("--output=~nobody-of-this-name/x.json", "--output ~nobody-of-this-name/x.json: .*; it must be a file"),
         ("--threads=0", "--threads 0: must be"),
         ("--kernel-isa=mmx", "--kernel-isa mmx: must be 'auto'"),
         ("--port=1", "unrecognized arguments: --port=1; `pennyweight bench kernels --help`"),
@@ -94,6 +96,14 @@ def test_settings_come_from_the_environment_and_from_a_file_too(tmp_path: Path) 
 def test_what_cannot_be_measured_is_refused_with_value_rule_and_remedy(arguments: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         _read(arguments)
+
+
+def test_a_file_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("figures", encoding="utf-8")
+    assert [_read(f"--output={path}").output for path in (new, old)] == [new, old]
+    assert not new.exists()
+    assert old.read_text(encoding="utf-8") == "figures"
 
 
 def test_a_value_in_a_message_is_short_and_printable() -> None:

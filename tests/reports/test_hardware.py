@@ -35,6 +35,13 @@ def test_without_a_list_of_caches_none_is_known(tmp_path: Path) -> None:
     assert last_level_cache_bytes(tmp_path) == 0
 
 
+def test_a_cache_of_unknown_size_is_left_out(tmp_path: Path) -> None:
+    for cache in (Cache(1, "Data", 32 << 10, "0"), Cache(2, "Unified", 1 << 20, "0")):
+        _write_cache(tmp_path, 0, cache)
+    (tmp_path / "cpu0" / "cache" / "index2" / "size").unlink()
+    assert caches(0, tmp_path) == [Cache(1, "Data", 32 << 10, "0")]
+
+
 def test_a_machine_is_described_in_json() -> None:
     machine = json.loads(json.dumps(describe_machine(3)))
     assert machine["threads"] == 3

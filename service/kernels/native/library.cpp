@@ -14,7 +14,6 @@ constexpr size_t kKeptBytes = 32 << 20;  // of packed activations, from one call
 constexpr int64_t kAloneBytes = 64 << 10;         // below it waking another thread costs more than it saves
 constexpr int64_t kChunkBytes = 32 << 10;         // the least that a worker takes at a time
 constexpr int64_t kReadChunkBytes = 1 << 20;
-constexpr int64_t kChunksPerWorker = 4;           // so that one that was held up leaves little to wait for
 constexpr int64_t kRowsOfOneRead = 4;             // rows that cost no more than reading the weights does
 
 struct Isa {
@@ -79,14 +78,9 @@ const pw_kernels *kernels_for(int32_t dtype) {
 struct LinearJob {
     const pw_kernels *kernels;
     pw_linear_task task;
-    int64_t strips;
     size_t scratch_bytes;
-    Pieces packs, chunks;
-
-    // Where a chunk begins: at an even strip, because panels hold two.
-    int64_t first_strip(int64_t chunk) const {
-        return chunk == chunks.count ? strips : strips * chunk / chunks.count / 2 * 2;
-    }
+    Pieces packs;
+    StripRuns strips;
 };
 
 void pack_pieces(int64_t, int64_t, void *context) {
@@ -94,14 +88,11 @@ void pack_pieces(int64_t, int64_t, void *context) {
     for (int64_t piece; job.packs.take(&piece);) job.kernels->pack(&job.task, piece, piece + 1);
 }
 
-void multiply_chunks(int64_t, int64_t, void *context) {
+void multiply_runs(int64_t, int64_t, void *context) {
     LinearJob &job = *(LinearJob *)context;
     void *scratch = job.scratch_bytes ? thread_buffer(kScratch, job.scratch_bytes) : nullptr;
     if (job.scratch_bytes && !scratch) return;  // other workers may have memory; what is left over is found at the end
-    for (int64_t chunk; job.chunks.take(&chunk);) {
-        const int64_t begin = job.first_strip(chunk), end = job.first_strip(chunk + 1);
-        job.kernels->multiply(&job.task, begin, end, scratch);
-    }
+    for (int64_t begin, end; job.strips.take(&begin, &end);) job.kernels->multiply(&job.task, begin, end, scratch);
 }
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
@@ -115,9 +106,10 @@ int64_t strip_bytes(const pw_weight &w) {
 int run_linear(LinearJob &job) {
     const pw_weight &weight = *job.task.weight;
     const int64_t reads = job.task.rows / kRowsOfOneRead > 1 ? job.task.rows / kRowsOfOneRead : 1;
-    const int64_t work = strip_bytes(weight) * job.strips * reads;
+    const int64_t work = strip_bytes(weight) * job.strips.count * reads;
     const int64_t threads = work < kAloneBytes ? 1 : pool.num_threads();
-    job.chunks.count = threads == 1 ? 1 : clamp(clamp(work / kChunkBytes, threads, kChunksPerWorker * threads), 1, job.strips);
+    job.strips.workers = threads;
+    job.strips.least = threads == 1 ? job.strips.count : 2 * (1 + job.strips.count * kChunkBytes / work / 2);
     const size_t packed_bytes = job.kernels->packed_bytes(&job.task);
     if (packed_bytes) {
         job.task.packed_x = thread_buffer(kPackedX, packed_bytes);
@@ -128,10 +120,11 @@ int run_linear(LinearJob &job) {
         if (status != PW_OK) return status;
     }
     job.scratch_bytes = job.kernels->scratch_bytes(&job.task);
-    const int status = pool.run(clamp(job.chunks.count, 1, threads), multiply_chunks, &job);
+    const int64_t workers = clamp(job.strips.count / job.strips.least, 1, threads);
+    const int status = pool.run(workers, multiply_runs, &job);
     if (status != PW_OK) return status;
     trim_buffer(kPackedX, kKeptBytes);
-    return job.chunks.all_taken() ? PW_OK : PW_NO_MEMORY;
+    return job.strips.all_taken() ? PW_OK : PW_NO_MEMORY;
 }
 
 bool is_size(int64_t value) { return value > 0 && value <= kMaxSize; }
@@ -175,7 +168,7 @@ struct EncodeJob {
 void encode_chunks(int64_t, int64_t, void *context) {
     EncodeJob &job = *(EncodeJob *)context;
     void *scratch = thread_buffer(kScratch, job.scratch_bytes);
-    if (!scratch) return;  // as in multiply_chunks
+    if (!scratch) return;  // as in multiply_runs
     for (int64_t chunk; job.chunks.take(&chunk);) {
         const int64_t begin = job.strips * chunk / job.chunks.count, end = job.strips * (chunk + 1) / job.chunks.count;
         job.kernels->encode_strips(&job.task, begin, end, scratch);
@@ -231,7 +224,7 @@ int pw_linear(const pw_weight *weight, const void *x, int64_t rows, int64_t x_st
     job.task.y_stride = y_stride;
     job.task.bias = bias;
     job.task.regime = regime;
-    job.strips = (weight->out_features + kStripRows - 1) / kStripRows;
+    job.strips.count = (weight->out_features + kStripRows - 1) / kStripRows;
     return run_linear(job);
 }
 

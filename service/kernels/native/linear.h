@@ -19,7 +19,7 @@ constexpr int64_t kStrip = 16;       // outputs
 constexpr int64_t kTile = 32;        // columns
 constexpr int64_t kHalf = 16;        // columns of half a tile
 constexpr int kHalfPairs = 8;        // pairs of columns in it
-constexpr int64_t kCacheBytes = 4 << 20;  // activations that pass one panel after another: a share of the L3
+constexpr int64_t kCacheBytes = 7 << 20;  // activations that pass one panel after another: a share of the L3
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -224,6 +224,7 @@ inline void panel_block(const typename V::Pair *x, const typename V::Weights *pa
     for (int64_t p = 0; p < pairs; ++p) {
         typename V::Weights weights[NV];
         for (int v = 0; v < NV; ++v) weights[v] = panel[p * stride + v];
+        __builtin_prefetch(x + (p + 24) * MB);  // activations that no cache holds: a tenth slower without, 2026-11-21
 #pragma GCC unroll 16
         for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4

@@ -37,6 +37,25 @@ struct Pieces {
     bool all_taken() const { return next.load(std::memory_order_relaxed) >= count; }
 };
 
+// Strips 0 .. count-1 of a product, in runs that get shorter towards the end: what is left is shared evenly by threads
+// that are held up now and then, and those that are not seldom ask. Runs begin at even strips: panels hold two.
+struct StripRuns {
+    std::atomic<int64_t> next{0};
+    int64_t count = 0, workers = 1, least = 2;  // least: of strips in a run, but the last; even
+
+    bool take(int64_t *begin, int64_t *end) {
+        *begin = next.load(std::memory_order_relaxed);
+        do {
+            if (*begin >= count) return false;
+            const int64_t left = count - *begin, share = left / (2 * workers) / 2 * 2;
+            *end = *begin + (share > least ? share : least);
+            if (*end > count) *end = count;
+        } while (!next.compare_exchange_weak(*begin, *end, std::memory_order_relaxed));
+        return true;
+    }
+    bool all_taken() const { return next.load(std::memory_order_relaxed) >= count; }
+};
+
 // The buffers of one thread, which grow and are freed when it ends.
 enum BufferUse { kPackedX, kScratch, kBufferUses };
 

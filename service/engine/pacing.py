@@ -1,0 +1,58 @@
+"""How many prompt tokens a step may hold, so that sequences that decode wait no longer than they should. No torch."""
+
+from __future__ import annotations
+
+from service.engine.stats import StepStats
+
+_WEIGHT = 0.2
+"""Of a new sample in an average; the first ones weigh more."""
+_MOST_TIMES_AVERAGE = 2.0
+"""A step can be slowed down by anything on the machine, so a longer sample counts as this many times the average."""
+_LEAST_SHARE = 0.1
+"""Of a step's time is put down to its prompt tokens, even if decodes alone took as long before."""
+
+
+class StepPacer:
+    """Predicts `seconds = decode step + prompt tokens * seconds per prompt token` from the steps so far.
+
+    Args:
+        budget_s: how long a step that decodes should take at most.
+        least_tokens: prompt tokens that a step may hold in any case, so that prompts get on.
+    """
+
+    def __init__(self, budget_s: float, *, least_tokens: int) -> None:
+        self._budget_s = budget_s
+        self._least_tokens = least_tokens
+        self._decode_s = _Average()
+        self._token_s = _Average()
+
+    def observe(self, stats: StepStats) -> None:
+        """Learn from a step; one with very few prompt tokens tells little about what each of them takes."""
+        if stats.kind == "decode":
+            self._decode_s.add(stats.seconds)
+        elif self._token_s.value is None or stats.num_prompt_tokens >= self._least_tokens:
+            seconds = max(stats.seconds - (self._decode_s.value or 0.0), _LEAST_SHARE * stats.seconds)
+            self._token_s.add(seconds / stats.num_prompt_tokens)
+
+    def most_prompt_tokens(self) -> int | None:
+        """Prompt tokens of a step that also decodes; None while nothing is known."""
+        if not self._token_s.value:
+            return None
+        left_s = self._budget_s - (self._decode_s.value or 0.0)
+        return max(self._least_tokens, int(left_s / self._token_s.value))
+
+
+class _Average:
+    """An exponential average that a single long sample hardly moves."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._num_samples = 0
+
+    def add(self, sample: float) -> None:
+        self._num_samples += 1
+        if not self.value:
+            self.value = sample
+            return
+        weight = max(_WEIGHT, 1 / self._num_samples)
+        self.value += weight * (min(sample, _MOST_TIMES_AVERAGE * self.value) - self.value)

@@ -1,0 +1,97 @@
+"""Pacing with made-up times: a step takes STEP_S, and TOKEN_S for each prompt token."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.pacing import StepPacer
+from service.engine.stats import StepStats
+
+STEP_S, TOKEN_S = 0.010, 0.001
+BUDGET_S = 0.050
+
+
+def stats(num_prompt_tokens: int, *, slowness: float = 1.0, num_decodes: int = 1) -> StepStats:
+    kind = "mixed" if num_prompt_tokens and num_decodes else "prefill" if num_prompt_tokens else "decode"
+    return StepStats(
+        kind=kind,  # type: ignore[arg-type]
+        seconds=slowness * (STEP_S + TOKEN_S * num_prompt_tokens),
+        num_sequences=num_decodes + 1,
+        num_tokens=num_prompt_tokens + num_decodes,
+        num_prompt_tokens=num_prompt_tokens,
+        num_sampled=0,
+        inter_token_s=(),
+        first_token_s=(),
+        queue_s=(),
+    )
+
+
+def learned(budget_s: float = BUDGET_S) -> StepPacer:
+    pacer = StepPacer(budget_s, least_tokens=4)
+    for _ in range(40):
+        pacer.observe(stats(0))
+        pacer.observe(stats(50))
+    return pacer
+
+
+def most(pacer: StepPacer) -> int:
+    tokens = pacer.most_prompt_tokens()
+    assert tokens is not None
+    return tokens
+
+
+def test_before_the_first_prompt_there_is_no_limit() -> None:
+    pacer = StepPacer(BUDGET_S, least_tokens=4)
+    assert pacer.most_prompt_tokens() is None
+    pacer.observe(stats(0))
+    assert pacer.most_prompt_tokens() is None
+
+
+def test_the_predicted_step_fills_the_budget() -> None:
+    assert most(learned()) == pytest.approx((BUDGET_S - STEP_S) / TOKEN_S, abs=1)
+
+
+def test_a_budget_below_one_decode_step_leaves_the_least() -> None:
+    assert most(learned(budget_s=STEP_S / 2)) == 4
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [0, 50], ids=["decode", "mixed"])
+def test_one_slow_step_hardly_changes_the_limit(num_prompt_tokens: int) -> None:
+    pacer = learned()
+    before = most(pacer)
+    pacer.observe(stats(num_prompt_tokens, slowness=1000))
+    assert before / 1.25 <= most(pacer) < before
+
+
+def test_a_machine_that_becomes_slow_is_followed() -> None:
+    pacer = learned()
+    for _ in range(30):
+        pacer.observe(stats(0, slowness=3))
+        pacer.observe(stats(50, slowness=3))
+    assert most(pacer) == pytest.approx((BUDGET_S - 3 * STEP_S) / (3 * TOKEN_S), abs=1)
+
+
+def test_a_slow_first_step_is_forgotten() -> None:
+    pacer = StepPacer(BUDGET_S, least_tokens=4)
+    pacer.observe(stats(20, slowness=100, num_decodes=0))
+    assert most(pacer) == 4
+    for _ in range(40):
+        pacer.observe(stats(0))
+        pacer.observe(stats(most(pacer)))
+    assert most(pacer) == pytest.approx((BUDGET_S - STEP_S) / TOKEN_S, rel=0.05)
+
+
+def test_a_step_with_few_prompt_tokens_says_nothing_about_their_cost() -> None:
+    pacer = learned()
+    before = most(pacer)
+    for _ in range(20):
+        pacer.observe(stats(1, num_decodes=0, slowness=2))
+    assert most(pacer) == before
+
+
+def test_steps_of_no_time_set_no_limit() -> None:
+    pacer = StepPacer(BUDGET_S, least_tokens=4)
+    for _ in range(3):
+        pacer.observe(stats(20, slowness=0))
+        pacer.observe(stats(0, slowness=0))
+    assert pacer.most_prompt_tokens() is None
