@@ -78,14 +78,6 @@ def assert_product(case: Case, x: Tensor) -> None:
     assert relative_error(y_with_bias, expected + bias.cpu().double()) <= BOUNDS[x.dtype]
 
 
-@pytest.mark.parametrize("rows", [1, dispatch.FEW_ROWS, dispatch.FEW_ROWS + 1, 33])
-@pytest.mark.parametrize("size", [(33, 96), (64, 100), (48, 576), (300, 4095)], ids=str)
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.usefixtures("isa")
-def test_product_is_that_of_the_decoded_weight(name: str, size: tuple[int, int], rows: int) -> None:
-    assert_product(cached_case(name, *size), normal(rows, size[1]).bfloat16())
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("rows", [1, 33])

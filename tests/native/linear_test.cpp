@@ -72,6 +72,7 @@ bool is_float_too(const Kind &kind, uint64_t seed) {
 
 void check_values(const Kind &kind, const Shape &shape, const Lie &lie, uint64_t seed) {
     for (Values values : {kExact, kRounded}) {
+        if (values == kRounded && seed % 2) continue;  // for time
         check_units(Problem(kind, shape, lie, values, seed), {PW_AUTO, PW_FEW, PW_PANEL});
         if (is_float_too(kind, seed))
             check_units(Problem(kind, shape, lie, values, seed, PW_FLOAT32), {PW_AUTO, PW_FEW, PW_PANEL});

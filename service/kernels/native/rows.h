@@ -5,23 +5,25 @@
 
 namespace {
 
-constexpr int kReadStep = 256;  // bytes: four lines, each with a sum of its own
+constexpr int kStreams = 4;  // read side by side: more than one keeps more lines on their way
 
 inline uint64_t read_words(const void *data, int64_t bytes) {
     typedef uint64_t Line __attribute__((vector_size(64), aligned(8)));
-    const char *at = (const char *)data, *end = at + bytes / kReadStep * kReadStep;
-    Line sums[4] = {};
-    for (; at < end; at += kReadStep)
-        for (int i = 0; i < 4; ++i) {
-            __builtin_prefetch(at + 2048 + 64 * i);
-            sums[i] += *(const Line *)(at + 64 * i);
+    const int64_t stream = bytes / kStreams / 64 * 64;
+    const char *at = (const char *)data;
+    Line sums[kStreams] = {};
+    for (int64_t offset = 0; offset < stream; offset += 64)
+        for (int i = 0; i < kStreams; ++i) {
+            __builtin_prefetch(at + i * stream + offset + 1024);
+            sums[i] += *(const Line *)(at + i * stream + offset);
         }
-    const Line all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    Line all = {};
+    for (const Line &sum : sums) all += sum;
     uint64_t total = 0;
     for (int i = 0; i < 8; ++i) total += all[i];
-    for (end = (const char *)data + bytes / 8 * 8; at < end; at += 8) {
+    for (int64_t offset = kStreams * stream; offset < bytes; offset += 8) {
         uint64_t word;
-        __builtin_memcpy(&word, at, 8);
+        __builtin_memcpy(&word, at + offset, 8);
         total += word;
     }
     return total;
