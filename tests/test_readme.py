@@ -116,3 +116,10 @@ def test_the_readme_states_the_stored_figures() -> None:
     assert f"| {live:.1f} s, {ready:.1f} s |" in README
     assert f"| {slowest:.1f} s |" in README
     assert f"| {largest:.0f} MB |" in README
+    model = json.loads((results / "model_2026-11-21.json").read_text(encoding="utf-8"))
+    for shape in model["shapes"]:
+        for row in shape["rows"][1:]:
+            speed = row["speedup"]
+            assert f"| {speed['decode_1']:.1f}, {speed['decode_16']:.1f}, {speed['prefill_512']:.2f} |" in README
+    kernels = json.loads((results / "kernels_2026-11-21.json").read_text(encoding="utf-8"))
+    assert f"| {max(row['linear_ratio'] for row in kernels['rows']):.2f} |" in README
