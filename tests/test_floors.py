@@ -53,7 +53,9 @@ def test_files_and_functions_are_short(name: str) -> None:
 
 
 def test_native_files_are_short() -> None:
-    native = [path for suffix in ("*.cpp", "*.h") for path in (ROOT / "service").rglob(suffix)]
+    folder = ROOT / "service" / "kernels" / "native"  # below it lies what CMake has made
+    native = [path for suffix in ("*.cpp", "*.h") for path in folder.glob(suffix)]
+    assert native
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in native}
     assert {path: n for path, n in lengths.items() if n > MAX_NATIVE_FILE_LINES} == {}
 
