@@ -204,7 +204,7 @@ constexpr Int8Tables kInt8Tables;
 
 // int8: the bytes of a bfloat16 are looked up by magnitude, the sign is put in front.
 struct Int8 {
-    static constexpr int kHalfBytes = 256, kPairedRows = 4;
+    static constexpr int kHalfBytes = 256;
     __m512i low0, low1, high0, high1;
     explicit Int8(const pw_weight &) {
         low0 = _mm512_load_si512(kInt8Tables.low);
@@ -228,7 +228,7 @@ struct Int8 {
 
 // 4-bit codes through a table of 16 levels, held twice: an index reads its low five bits only, so nothing is masked.
 struct Table4 {
-    static constexpr int kHalfBytes = 128, kPairedRows = 2;
+    static constexpr int kHalfBytes = 128;
     __m512i levels;
     explicit Table4(const pw_weight &w) {
         alignas(64) uint16_t twice[32];

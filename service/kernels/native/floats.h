@@ -167,7 +167,7 @@ struct FloatVectors {
 template <int LANES>
 struct Int8Floats {
     typedef FloatVectors<LANES> V;
-    static constexpr int kHalfBytes = 256, kPairedRows = 0;
+    static constexpr int kHalfBytes = 256;
     explicit Int8Floats(const pw_weight &) {}
     void decode(const uint8_t *codes, typename V::Weights rows[kHalfPairs][V::kVectors]) const {
         for (int r = 0; r < kHalfPairs; ++r)
@@ -191,7 +191,7 @@ template <int LANES>
 struct Table4Floats {
     typedef FloatVectors<LANES> V;
     typedef typename Lanes<LANES>::Ints Ints;
-    static constexpr int kHalfBytes = 128, kPairedRows = 0;
+    static constexpr int kHalfBytes = 128;
     float levels[16];
     explicit Table4Floats(const pw_weight &w) {
         for (int i = 0; i < 16; ++i) levels[i] = w.levels[i];

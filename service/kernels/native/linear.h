@@ -9,8 +9,7 @@
 //
 // V: X (type of activations and results), Weights (kVectors hold one decoded row: columns 2r and 2r+1 of 16 outputs),
 // Sums (their accumulators), Pair (two activations, as `multiply_add` broadcasts them).
-// D: `decode` turns a half tile, 16 columns, into 8 such rows; up to kPairedRows rows of activations, two strips are
-// multiplied at a time: more rows leave too few registers.
+// D: `decode` turns a half tile, 16 columns, into 8 such rows.
 #pragma once
 #include "table.h"
 
@@ -157,10 +156,9 @@ inline void write(const pw_linear_task *task, int64_t row, int64_t strip, const 
     V::write(y, size, sums, scales, bias);
 }
 
-// The few-rows loop for MB rows of activations and STRIPS strips at a time, each a stream of memory of its own.
-template <class V, class D, int MB, bool DIRECT, int STRIPS>
-__attribute__((noinline)) void few_block(const pw_linear_task *task, const Rows<V> &plan, int64_t index, int64_t begin,
-                                         int64_t end) {
+// The few-rows loop for MB rows of activations.
+template <class V, class D, int MB, bool DIRECT>
+__attribute__((noinline)) void few_block(const pw_linear_task *task, const Rows<V> &plan, int64_t index, int64_t begin, int64_t end) {
     typedef typename V::Pair Pair;
     constexpr int kChains = MB * V::kVectors >= 8 ? 1 : MB * V::kVectors >= 4 ? 2 : 4;  // multiplications in flight
     const pw_weight &w = *task->weight;
@@ -168,70 +166,53 @@ __attribute__((noinline)) void few_block(const pw_linear_task *task, const Rows<
     const Pair *x = DIRECT ? (const Pair *)task->x : (const Pair *)task->packed_x + plan.pair_offset(index);
     const int64_t x_stride = task->x_stride / 2;
     const float *x_sums = (const float *)((const char *)task->packed_x + plan.pair_bytes(task)) + plan.sum_offset(index);
-    const int64_t halves = num_tiles(w) * 2, per_group = w.group_size / kHalf, strip_bytes = halves * D::kHalfBytes;
+    const int64_t halves = num_tiles(w) * 2, per_group = w.group_size / kHalf;
     const D decoder(w);
-    for (int64_t strip = begin; strip < end; strip += STRIPS) {
-        const uint8_t *codes = (const uint8_t *)w.qweight + strip * strip_bytes;
-        alignas(64) float total[STRIPS][MB][kStrip] = {};
+    const uint8_t *codes = (const uint8_t *)w.qweight + begin * halves * D::kHalfBytes;
+    for (int64_t strip = begin; strip < end; ++strip) {
+        alignas(64) float total[MB][kStrip] = {};
         const Pair *pair = x;
         for (int64_t group = 0, half = 0; group < plan.groups; ++group) {
-            typename V::Sums sums[STRIPS][kChains][MB][V::kVectors];
-            for (int s = 0; s < STRIPS; ++s)
-                for (int c = 0; c < kChains; ++c)
-                    for (int m = 0; m < MB; ++m)
-                        for (int v = 0; v < V::kVectors; ++v) sums[s][c][m][v] = V::zero();
+            typename V::Sums sums[kChains][MB][V::kVectors];
+            for (int c = 0; c < kChains; ++c)
+                for (int m = 0; m < MB; ++m)
+                    for (int v = 0; v < V::kVectors; ++v) sums[c][m][v] = V::zero();
             const int64_t stop = group + 1 < plan.groups ? half + per_group : halves;  // the last one has the padding
             for (; half < stop; ++half) {
-#pragma GCC unroll 2
-                for (int s = 0; s < STRIPS; ++s) {
-                    const uint8_t *at = codes + s * strip_bytes;
-                    typename V::Weights rows8[kHalfPairs][V::kVectors];
-                    for (int line = 0; line < D::kHalfBytes; line += 64) __builtin_prefetch(at + V::kPrefetch + line);
-                    decoder.decode(at, rows8);
-#pragma GCC unroll 8
-                    for (int r = 0; r < kHalfPairs; ++r)
-#pragma GCC unroll 16
-                        for (int m = 0; m < MB; ++m) {
-                            const Pair *operand = DIRECT ? pair + m * x_stride + r : pair + r * MB + m;
-#pragma GCC unroll 8
-                            for (int v = 0; v < V::kVectors; ++v)
-                                V::multiply_add(sums[s][r % kChains][m][v], rows8[r][v], operand);
-                        }
-                }
+                typename V::Weights rows8[kHalfPairs][V::kVectors];
+                for (int line = 0; line < D::kHalfBytes; line += 64) __builtin_prefetch(codes + V::kPrefetch + line);
+                decoder.decode(codes, rows8);
                 codes += D::kHalfBytes;
+#pragma GCC unroll 8
+                for (int r = 0; r < kHalfPairs; ++r)
+#pragma GCC unroll 16
+                    for (int m = 0; m < MB; ++m) {
+                        const Pair *operand = DIRECT ? pair + m * x_stride + r : pair + r * MB + m;
+#pragma GCC unroll 8
+                        for (int v = 0; v < V::kVectors; ++v)
+                            V::multiply_add(sums[r % kChains][m][v], rows8[r][v], operand);
+                    }
                 pair += DIRECT ? kHalfPairs : kHalfPairs * MB;
             }
-            for (int s = 0; s < STRIPS; ++s) {
-                typename V::Scales scales(w, strip + s, group);
+            typename V::Scales scales(w, strip, group);
 #pragma GCC unroll 16
-                for (int m = 0; m < MB; ++m) {
-                    for (int c = 1; c < kChains; ++c)
-                        for (int v = 0; v < V::kVectors; ++v) V::add(sums[s][0][m][v], sums[s][c][m][v]);
-                    scales.accumulate(total[s][m], sums[s][0][m], plan.sums ? x_sums + group * MB + m : nullptr);
-                }
+            for (int m = 0; m < MB; ++m) {
+                for (int c = 1; c < kChains; ++c)
+                    for (int v = 0; v < V::kVectors; ++v) V::add(sums[0][m][v], sums[c][m][v]);
+                scales.accumulate(total[m], sums[0][m], plan.sums ? x_sums + group * MB + m : nullptr);
             }
         }
-        for (int s = 0; s < STRIPS; ++s)
-            for (int m = 0; m < MB; ++m)
-                if (m < rows) write<V>(task, index * plan.block + m, strip + s, nullptr, total[s][m]);
+        for (int m = 0; m < MB; ++m)
+            if (m < rows) write<V>(task, index * plan.block + m, strip, nullptr, total[m]);
     }
-}
-
-// Pairs of strips, then the one that is left over; runs begin at even strips, so that a strip's sums are always alike.
-template <class V, class D, int MB, bool DIRECT>
-void few_strips(const pw_linear_task *task, const Rows<V> &plan, int64_t index, int64_t begin, int64_t end) {
-    constexpr int kTogether = MB <= D::kPairedRows ? 2 : 1;
-    const int64_t stop = begin + (end - begin) / kTogether * kTogether;
-    few_block<V, D, MB, DIRECT, kTogether>(task, plan, index, begin, stop);
-    if (stop < end) few_block<V, D, MB, DIRECT, 1>(task, plan, index, stop, end);
 }
 
 template <class V, class D, int MB>
 void few_rows(const pw_linear_task *task, const Rows<V> &plan, int64_t index, int64_t begin, int64_t end) {
     if (MB <= 4 && plan.direct)
-        few_strips<V, D, MB, V::kReadsBf16 && MB <= 4>(task, plan, index, begin, end);
+        few_block<V, D, MB, V::kReadsBf16 && MB <= 4>(task, plan, index, begin, end);
     else
-        few_strips<V, D, MB, false>(task, plan, index, begin, end);
+        few_block<V, D, MB, false>(task, plan, index, begin, end);
 }
 
 // Multiplies MB rows of packed activations with NV vectors of a panel.
