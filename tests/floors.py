@@ -51,11 +51,12 @@ FLOORS = [
     Floor({"engine"}, {"torch"}, {}),
     Floor({"metrics", "api", "reports"}, HTTP, {"api": {"metrics"}, "reports": {"api"}}),
     Floor(
-        {"settings", "invocation", "demo", "app", "commands", "cli", "__main__"},
+        {"settings", "invocation", "demo", "assembly", "app", "commands", "cli", "__main__"},
         None,
         {
             "invocation": {"settings"},
-            "app": {"settings", "demo"},
+            "assembly": {"settings", "demo"},
+            "app": {"settings", "assembly"},
             "commands": {"settings"},
             "cli": {"settings", "invocation", "demo", "app", "commands"},
             "__main__": {"cli"},

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from service.api.chat_schemas import ChatRequest, Message
 from service.api.chunks import ChunkWriter, head_of_answer, usage_of
-from service.api.generation import Delta, Generation, open_stream
+from service.api.event_stream import open_stream
+from service.api.generation import Delta, Generation
 from service.api.state import ServedModel, ServiceState
 from service.errors import InvalidRequest
 

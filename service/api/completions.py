@@ -8,7 +8,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from service.api.chunks import ChunkWriter, head_of_answer, usage_of
-from service.api.generation import Delta, Generation, open_stream
+from service.api.event_stream import open_stream
+from service.api.generation import Delta, Generation
 from service.api.schemas import CompletionRequest
 from service.api.state import ServiceState
 

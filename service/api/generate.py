@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from service.api.generation import Delta, Generation, Result, open_stream
+from service.api.event_stream import open_stream
+from service.api.generation import Delta, Generation, Result
 from service.api.logprobs import LogprobWriter, TokenScore
 from service.api.schemas import GenerateRequest, Prompt
 from service.api.state import ServiceState

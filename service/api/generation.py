@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
-from service.api.errors import ClientDisconnected, error_bytes, internal_error
+from service.api.errors import ClientDisconnected
 from service.api.logprobs import LogprobWriter, ScoreQueue, TokenScore
 from service.api.logs import REQUEST_ID
 from service.api.sampling import sampling_params, with_seed_of
@@ -30,12 +28,8 @@ from service.errors import (
     Unavailable,
 )
 
-logger = logging.getLogger(__name__)
-
 MAX_SEQUENCES = 256
 """Of one request: prompts times choices of each."""
-_DONE = b"data: [DONE]\n\n"
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,74 +229,6 @@ class Generation:
         reason = FinishReason.STOP if choice.text.stopped else reason
         scores = choice.scores.take(text, all_text=not choice.text.stopped)
         return Delta(choice.index, text, token_ids, scores, str(reason), event.timings)
-
-
-class EventStream(Response):
-    """Server-sent events of a generation, ended by `[DONE]`; a failure is an event before it.
-
-    Args:
-        first: deltas that were already read, so that a failure before them could be an HTTP status.
-        render: makes the events of some deltas.
-        last_event: makes an event that follows all others; b"" for none.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        generation: Generation,
-        deltas: AsyncIterator[list[Delta]],
-        *,
-        first: list[Delta],
-        render: Callable[[list[Delta]], bytes],
-        last_event: Callable[[], bytes],
-    ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers(_STREAM_HEADERS)
-        self._generation = generation
-        self._deltas = deltas
-        self._first = first
-        self._render = render
-        self._last_event = last_event
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write the response."""
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            try:
-                await self._write(send)
-                end = self._last_event()
-            except RequestError as error:
-                end = b"data: %b\n\n" % error_bytes(error)
-            except ClientDisconnected:
-                return
-            except Exception:
-                logger.exception("a stream failed")
-                end = b"data: %b\n\n" % error_bytes(internal_error())
-            await send({"type": "http.response.body", "body": end + _DONE})
-        finally:
-            self._generation.close()
-
-    async def _write(self, send: Send) -> None:
-        if chunk := self._render(self._first):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        async for deltas in self._deltas:
-            if chunk := self._render(deltas):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-
-async def open_stream(
-    generation: Generation, *, render: Callable[[list[Delta]], bytes], last_event: Callable[[], bytes]
-) -> EventStream:
-    """Wait for the first deltas of a started generation, then stream and close it.
-
-    Raises what `Generation.deltas` raises.
-    """
-    deltas = generation.deltas()
-    first = await anext(deltas)
-    generation.hand_over()
-    return EventStream(generation, deltas, first=first, render=render, last_event=last_event)
 
 
 def _push(choice: _Choice, event: SequenceEvent) -> str:

@@ -1,0 +1,141 @@
+"""Builds from settings what a service serves. It imports heavy libraries: only the load thread may import it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from service.api.defaults import read_sampling_defaults
+from service.api.logs import adopt_library_logs
+from service.api.state import ServedModel, ServiceState
+from service.api.text import TextCodec
+from service.demo import model_folder
+from service.engine.engine import Engine, EngineConfig
+from service.engine.sizing import device_memory, kv_memory_bytes
+from service.errors import CheckpointError, SettingError, UnsupportedModel
+from service.loading.loader import LoadedModel, LoadOptions, load_model, peak_bytes
+from service.loading.progress import LoadProgress, Phase
+from service.metrics import ModelFigures
+from service.numerics.recipe import parse_recipe
+from service.reports.machine import thread_limits
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What the load thread made."""
+
+    served: ServedModel
+    engine: Engine
+    figures: ModelFigures
+
+
+def load(settings: Settings, state: ServiceState) -> Loaded:
+    """Load the model and start its engine; runs on the load thread.
+
+    Raises:
+        PennyweightError: the model cannot be loaded or served.
+    """
+    adopt_library_logs()
+    disable_progress_bars()
+    num_threads = thread_limits().num_threads if settings.threads == "auto" else settings.threads
+    torch.set_num_threads(num_threads)  # of this thread, for quantization
+    loaded = _load_weights(settings, state.progress)
+    state.progress.enter(Phase.WARMUP)
+    max_model_len = _max_model_len(settings, loaded)
+    tokenizer, eos_token_ids = _load_tokenizer(loaded, trust_remote_code=settings.trust_remote_code)
+    engine = _make_engine(settings, state, loaded, max_model_len=max_model_len, num_threads=num_threads)
+    engine.start()
+    max_model_len = _within_kv_memory(settings, engine, max_model_len)
+    device = next(loaded.model.parameters()).device
+    report = replace(loaded.report, peak_bytes=peak_bytes(device))
+    codec = TextCodec(tokenizer, context_length=max_model_len)
+    served = ServedModel(
+        engine=engine,
+        codec=codec,
+        report=report,
+        vocab_size=loaded.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids,
+        sampling_defaults=read_sampling_defaults(loaded.folder),
+        chat_template=codec.chat_template(),
+    )
+    figures = ModelFigures(report=report, engine_state=engine.state, device_memory=partial(device_memory, device))
+    return Loaded(served, engine, figures)
+
+
+def _load_weights(settings: Settings, progress: LoadProgress) -> LoadedModel:
+    options = LoadOptions(
+        model=settings.model or str(model_folder()),
+        recipe=parse_recipe(settings.quantize),
+        revision=settings.revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        cache_dir=settings.cache_dir,
+        trust_remote_code=settings.trust_remote_code,
+        kernel_isa=settings.kernel_isa,
+    )
+    return load_model(options, progress)
+
+
+def _make_engine(
+    settings: Settings, state: ServiceState, loaded: LoadedModel, *, max_model_len: int, num_threads: int
+) -> Engine:
+    max_num_seqs = settings.max_num_seqs
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        kv_memory_bytes=kv_memory_bytes(
+            loaded.model, requested=settings.kv_memory, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+        ),
+        max_queue=settings.max_queue,
+        vocab_size=loaded.vocab_size,
+        num_threads=num_threads,
+        prefix_cache=settings.prefix_cache == "on",
+        step_budget_ms=settings.step_budget_ms,
+    )
+    return Engine(loaded.model, config, observer=state.metrics, deliver=state.router.deliver)
+
+
+def _load_tokenizer(loaded: LoadedModel, *, trust_remote_code: bool) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
+    """The model's tokenizer, and all token ids that end a text."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{loaded.name}: its tokenizer does not load ({reason}); add tokenizer.json") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UnsupportedModel(f"{loaded.name}: its tokenizer exists in Python only; add a tokenizer.json")
+    own_eos = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    return tokenizer, loaded.eos_token_ids | own_eos
+
+
+def _within_kv_memory(settings: Settings, engine: Engine, max_model_len: int) -> int:
+    """The context, or as much of it as one sequence finds memory for."""
+    state = engine.state()
+    num_tokens = state.num_kv_blocks * state.block_size
+    if num_tokens >= max_model_len:
+        return max_model_len
+    if settings.max_model_len is not None:
+        raise SettingError(
+            f"--max-model-len {max_model_len}: the KV memory holds {num_tokens} tokens; lower it, or raise --kv-memory"
+        )
+    logger.warning("the KV memory holds %d tokens, so does the context now; raise --kv-memory", num_tokens)
+    return num_tokens
+
+
+def _max_model_len(settings: Settings, loaded: LoadedModel) -> int:
+    length = settings.max_model_len or loaded.context_length
+    if length > loaded.context_length:
+        raise SettingError(
+            f"--max-model-len {length}: {loaded.name} was made for {loaded.context_length} tokens; use at most that"
+        )
+    return length
