@@ -61,7 +61,14 @@ def model_type(model: nn.Module) -> str:
 
 def max_positions(model: nn.Module) -> int | None:
     """Positions that the model was made for, if its config tells."""
-    return getattr(_text_config(model), "max_position_embeddings", None)
+    stated = getattr(_text_config(model), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def first_position(model: nn.Module) -> int:
+    """Number of a sequence's first position: RoBERTa and its kin count from behind their padding id."""
+    counting = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
+    return max((module.padding_idx + 1 for module in counting if isinstance(module.padding_idx, int)), default=0)
 
 
 def _unsupported_reason(model: nn.Module) -> str | None:

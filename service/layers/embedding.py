@@ -66,6 +66,9 @@ class TiedHead(nn.Module):
 
     Args:
         bias: give the head its own bias, of the embedding's dtype.
+
+    Attributes:
+        weight: on meta, for models that ask it for its dtype.
     """
 
     bias: nn.Parameter | None
@@ -78,6 +81,7 @@ class TiedHead(nn.Module):
         self.out_features = embedding.num_embeddings
         empty_bias = nn.Parameter(torch.empty(self.out_features, dtype=embedding.dtype), requires_grad=False)
         self.register_parameter("bias", empty_bias if bias else None)
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=embedding.dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., embedding_dim] -> float[..., num_embeddings]."""

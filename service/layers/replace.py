@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -20,6 +20,9 @@ QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedExperts
 
 _LINEAR_SUBCLASSES = {"FalconLinear"}
 """Subclasses of linears that compute x W.T + bias. Others may compute anything."""
+
+_MULTIPLIED_BY_PARENT = {"dt_proj": "MambaMixer", "correction_coefs": "AltUp"}
+"""Small linears that are never called, by the suffix of the class around them, which multiplies their weight itself."""
 
 _SCALED_EMBEDDING_SUFFIX = "ScaledWordEmbedding"
 """Of the classes that multiply embeddings by their `embed_scale`: Gemma's, BioGPT's and their kin."""
@@ -129,6 +132,7 @@ def _slots(
                 rules.scheme_for(name, is_head=name == vocabulary.head),
                 is_router=is_router,
                 is_transposed=type(module) in transposed_types,
+                obstacle=_parent_obstacle(name, modules),
             )
         elif isinstance(module, nn.Embedding):
             is_tied = vocabulary.is_tied and name == vocabulary.embedding
@@ -143,7 +147,9 @@ def _slots(
             yield from _expert_slots(name, module, recipe)
 
 
-def _linear_slot(name: str, module: nn.Module, scheme: QuantScheme, *, is_router: bool, is_transposed: bool) -> Slot:
+def _linear_slot(
+    name: str, module: nn.Module, scheme: QuantScheme, *, is_router: bool, is_transposed: bool, obstacle: str
+) -> Slot:
     rows, columns = module.get_parameter("weight").shape
     kind = type(module).__name__
     is_known = is_transposed or type(module) is nn.Linear or kind in _LINEAR_SUBCLASSES
@@ -152,7 +158,7 @@ def _linear_slot(name: str, module: nn.Module, scheme: QuantScheme, *, is_router
         shape=(columns, rows) if is_transposed else (rows, columns),
         scheme=scheme,
         reason="routers stay as they are" if is_router else "",
-        obstacle="" if is_known else f"{kind} has no quantized layer in this version",
+        obstacle=obstacle or ("" if is_known else f"{kind} has no quantized layer in this version"),
         is_transposed=is_transposed,
     )
 
@@ -164,6 +170,13 @@ def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
         return True
     gates = (i for i, part in enumerate(parts) if part in ("gate", "shared_expert_gate"))
     return any(".".join([*parts[:i], "experts"]) in modules for i in gates)
+
+
+def _parent_obstacle(name: str, modules: dict[str, nn.Module]) -> str:
+    parent, _, leaf = name.rpartition(".")
+    suffix = _MULTIPLIED_BY_PARENT.get(leaf)
+    kind = type(modules[parent]).__name__ if parent in modules else ""
+    return f"{kind} multiplies its weight itself" if suffix and kind.endswith(suffix) else ""
 
 
 def _embedding_obstacle(module: nn.Embedding) -> str:
@@ -205,7 +218,7 @@ def _tied_scheme(recipe: Recipe, vocabulary: Vocabulary) -> QuantScheme:
 def swap(model: nn.Module, slot: Slot, dtype: torch.dtype) -> QuantizedLayer | None:
     """Put the quantized layer of a slot in its place, empty and on the meta device.
 
-    Embeddings must be swapped before a head that shares their storage (module order does that). Experts are
+    Embeddings must be swapped before a head that shares their storage. Experts are
     not put in their place, which their parameter keeps until it has been read; see `attach_experts`.
 
     Returns:
@@ -246,6 +259,29 @@ def keep(model: nn.Module, slot: Slot) -> None:
     if type(module) is nn.Linear:
         parent, _, leaf = slot.name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, UnquantizedLinear.in_place_of(module))
+
+
+def tied_linears(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
+    """Linears whose parameters are all tied to those of another, as in Zamba's shared blocks, and that other one.
+
+    Args:
+        tied: full names of parameters, and of those that they are tied to.
+    """
+    modules = dict(model.named_modules())
+    pairs = {target.rpartition(".")[0]: source.rpartition(".")[0] for target, source in tied.items()}
+    return {
+        name: source
+        for name, source in pairs.items()
+        if type(modules.get(name)) is type(modules.get(source)) is nn.Linear
+        and all(f"{name}.{leaf}" in tied for leaf, _ in modules[name].named_parameters())
+    }
+
+
+def share(model: nn.Module, modules: Mapping[str, str]) -> None:
+    """Put modules, named second, in the places of others, named first."""
+    for name, source in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(source))
 
 
 def attach_experts(model: nn.Module, slot: Slot, layer: QuantizedExperts) -> None:

@@ -25,6 +25,16 @@ from service.loading.source import ModelSource
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CODE_KEY = "AutoModelForCausalLM"
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_COUNTS_FROM_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+"""Their first position lies behind the padding id, and none before it is used."""
 _UNSTATED_CONTEXT = 2048
 """Tokens, of ALiBi and recurrent families, whose configs state no limit: what BLOOM and Mamba were trained on."""
 
@@ -164,8 +174,13 @@ def _known_class(config: PreTrainedConfig, text_config: PreTrainedConfig, name: 
     architectures = list(getattr(config, "architectures", None) or ())
     described = architectures[0] if architectures else config.model_type
     endings = ("ForCausalLM", "LMHeadModel") + (("ForConditionalGeneration",) if text_config is not config else ())
-    is_causal = not architectures or any(a.endswith(endings) for a in architectures)
     model_class = _causal_class(type(text_config))
+    if model_class is None:  # some are listed for the whole only
+        of_whole = _causal_class(type(config))
+        model_class = of_whole if of_whole is not None and of_whole.config_class is type(text_config) else None
+    is_causal = not architectures or any(
+        a.endswith(endings) or (model_class is not None and a == model_class.__name__) for a in architectures
+    )
     if getattr(config, "is_encoder_decoder", False) or not is_causal or model_class is None:
         part = "" if text_config is config else f" whose text part is of type {text_config.model_type}"
         raise UnsupportedModel(
@@ -211,7 +226,8 @@ def first_line(error: BaseException) -> str:
 
 def _context_length(config: PreTrainedConfig) -> int:
     stated = (getattr(config, field, None) for field in _CONTEXT_FIELDS)
-    return next((length for length in stated if isinstance(length, int) and length > 0), _UNSTATED_CONTEXT)
+    length = next((length for length in stated if isinstance(length, int) and length > 0), _UNSTATED_CONTEXT)
+    return length - config.pad_token_id - 1 if config.model_type in _COUNTS_FROM_PADDING else length
 
 
 def _eos_token_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:

@@ -39,6 +39,12 @@ def check_names(info: Mapping[str, Any], record: LoadRecord, shared_heads: Itera
             f"the checkpoint lacks {_listed(missing)}; config and weights belong to different models, or "
             "a shard is incomplete"
         )
+    unfilled = record.layers.keys() - record.encoded.keys()
+    if unfilled:
+        raise CheckpointError(
+            f"the checkpoint holds no weight of its own for {_listed(unfilled)}, which the model shares in a way that "
+            "this version does not know; serve this model with --quantize none"
+        )
     unexpected = set(info["unexpected_keys"]) - set(shared_heads)
     if unexpected:
         raise CheckpointError(

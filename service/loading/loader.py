@@ -20,6 +20,7 @@ from service.kernels.dispatch import kernel_name, select_isa
 from service.loading import integrity, memory
 from service.loading.checkpoint import Checkpoint, TensorRef
 from service.loading.config import ServedModel, first_line, pick_device, pick_dtype, read_model
+from service.loading.fingerprint import weight_hash
 from service.loading.progress import LoadProgress, Phase
 from service.loading.quantizer import LoadQuantizationConfig, LoadRecord, find_vocabulary
 from service.loading.report import LoadReport
@@ -31,9 +32,12 @@ _TEXT_PREFIXES = {
     "model.language_model.": "model.",
     "model.text_model.": "model.",
     "language_model.": "",
+    "text_model.": "",
     "lm_head.": "lm_head.",
 }
 """How models with parts name the weights of their text part, and what it calls them by itself."""
+_PLAIN_TEXT_PREFIXES = ("model.", "lm_head.")
+"""Of those whose other parts stand beside the text part and leave it its own names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,7 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
         device=device.type,
         kernel="torch" if options.recipe.is_none else kernel_name(device.type, dtype),
         revision=source.revision,
+        weight_hash=weight_hash(model),
         weight_bytes=weight_bytes(model, record),
         original_bytes=record.original_bytes,
         num_parameters=record.num_parameters,
@@ -181,7 +186,8 @@ def _stream(
         raise record.failure or failure from error
     model: PreTrainedModel
     model, info = loaded
-    shared_heads = {f"{vocabulary.head}.weight"} if config.get_text_config().tie_word_embeddings else set[str]()
+    is_tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    shared_heads = {f"{vocabulary.head}.weight"} if is_tied else set[str]()
     integrity.check_names(info, record, shared_heads)
     model.requires_grad_(False)
     return model, record
@@ -202,9 +208,11 @@ def _keep_text_part(refs: dict[str, TensorRef], name: str) -> None:
                 text[own_prefix + full_name.removeprefix(prefix)] = ref
                 break
     if not text.keys() - {"lm_head.weight"}:
+        text = {full_name: ref for full_name, ref in refs.items() if full_name.startswith(_PLAIN_TEXT_PREFIXES)}
+    if not text.keys() - {"lm_head.weight"}:
         raise UnsupportedModel(
             f"{name} takes more than text, and its text part is none that this version finds: no weight begins with "
-            f"{' or '.join(prefix for prefix in _TEXT_PREFIXES if prefix != 'lm_head.')}; give a text model"
+            f"{' or '.join([*_TEXT_PREFIXES, 'model.'])}; give a text model"
         )
     refs.clear()
     refs.update(text)

@@ -51,6 +51,13 @@ def _field_bytes(path: Path, field: str) -> int:
     raise OSError(f"{path} has no {field}; memory can be read on Linux only")
 
 
+def trim_heap() -> None:
+    """Give freed blocks of the C heap back to the machine; on C libraries other than glibc: no effect."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 @contextmanager
 def tight_heap() -> Iterator[None]:
     """Within it, glibc maps every block of 1 MiB or more on its own, so that freeing it gives it back at once.
@@ -60,8 +67,8 @@ def tight_heap() -> Iterator[None]:
     with: temporaries of a forward would otherwise be mapped, and their pages zeroed, each time.
     On other C libraries: no effect.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is None:
         yield
         return
     libc.mallopt(_M_MMAP_THRESHOLD, 1 * _MIB)
@@ -72,3 +79,8 @@ def tight_heap() -> Iterator[None]:
         libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * _MIB)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None

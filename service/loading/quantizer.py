@@ -33,7 +33,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from service.errors import CheckpointError, PennyweightError
 from service.kernels.dispatch import encode
 from service.layers.experts import QuantizedExperts, forward_experts
-from service.layers.replace import QuantizedLayer, Slot, Vocabulary, assign_schemes, attach_experts, keep, swap
+from service.layers.replace import (
+    QuantizedLayer,
+    Slot,
+    Vocabulary,
+    assign_schemes,
+    attach_experts,
+    keep,
+    share,
+    swap,
+    tied_linears,
+)
 from service.numerics.encode import EncodedWeight
 from service.numerics.recipe import Recipe
 
@@ -57,6 +67,7 @@ class LoadRecord:
         slots: every weight that the recipe decides about.
         layers: the quantized layers to fill, by name.
         names: the same names by that of the weight they stand for.
+        shared: other names of such layers, and their own ones.
         encoded: errors of the layers filled so far.
         original_bytes, num_parameters: of the unquantized model at the serving dtype, tied tensors once.
         quantize_s, pack_s: wall seconds.
@@ -66,6 +77,7 @@ class LoadRecord:
     slots: list[Slot] = field(default_factory=list)
     layers: dict[str, tuple[Slot, QuantizedLayer]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     encoded: dict[str, EncodedLayer] = field(default_factory=dict)
     original_bytes: int = 0
     num_parameters: int = 0
@@ -76,7 +88,7 @@ class LoadRecord:
     @property
     def buffer_names(self) -> set[str]:
         """Full names of the buffers of the quantized layers; a symmetric one has fewer."""
-        return {f"{name}.{leaf}" for name in self.layers for leaf in _BUFFERS}
+        return {f"{name}.{leaf}" for name in (*self.layers, *self.shared) for leaf in _BUFFERS}
 
 
 @register_quantization_config(METHOD)
@@ -106,8 +118,10 @@ class LoadQuantizer(HfQuantizer):
         record, dtype = self.record, model.dtype
         record.original_bytes, record.num_parameters = _original_size(model)
         vocabulary = find_vocabulary(model)
+        record.shared = {} if self.recipe.is_none else tied_linears(model, model.all_tied_weights_keys)
+        share(model, record.shared)  # each is one slot; below all take what was swapped in
         record.slots = assign_schemes(model, self.recipe, vocabulary, transposed_types=(Conv1D,))
-        for slot in record.slots:
+        for slot in sorted(record.slots, key=lambda slot: bool(slot.shares)):  # what shares comes after what it shares
             if not slot.is_to_be_quantized:
                 if not self.recipe.is_none:
                     keep(model, slot)
@@ -122,6 +136,7 @@ class LoadQuantizer(HfQuantizer):
             model.get_parameter(slot.parameter)._is_hf_initialized = True  # type: ignore[attr-defined]
             record.layers[slot.name] = (slot, layer)
             record.names[slot.parameter] = slot.name
+        share(model, record.shared)
         _read_in_file_dtype(model, list(record.names))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -129,7 +144,9 @@ class LoadQuantizer(HfQuantizer):
             if isinstance(layer, QuantizedExperts):
                 attach_experts(model, slot, layer)
             else:
+                placeholder = layer.weight
                 del layer.weight
+                layer.weight = placeholder.data  # no parameter, and on meta: some models ask it for its dtype
         if any(slot.num_experts for slot, _ in self.record.layers.values()):
             ExpertsInterface.register(METHOD, forward_experts)
             model.set_experts_implementation(METHOD)
@@ -188,7 +205,8 @@ class EncodeWeights(ConversionOps):
             except PennyweightError as error:
                 self.record.failure = self.record.failure or error
                 raise
-            missing_keys -= {name, *(f"{layer_name}.{leaf}" for leaf in _BUFFERS)}
+            names = [layer_name, *(other for other, own in self.record.shared.items() if own == layer_name)]
+            missing_keys -= {name, *(f"{each}.{leaf}" for each in names for leaf in _BUFFERS)}
         return others
 
     def _fill(self, layer_name: str, weight: Tensor) -> None:

@@ -61,6 +61,7 @@ class LoadReport:
         device: `cpu` or `cuda`.
         kernel: name of the kernels in use: `torch`, or `native-` and an instruction set.
         revision: hub commit, or "local".
+        weight_hash: see `fingerprint.weight_hash`.
         weight_bytes: by kind.
         original_bytes: what scheme `none` would hold at the serving dtype, tied tensors once.
         num_parameters: number of weights of the original model, tied tensors once.
@@ -77,6 +78,7 @@ class LoadReport:
     device: str
     kernel: str
     revision: str
+    weight_hash: str
     weight_bytes: WeightBytes
     original_bytes: int
     num_parameters: int
@@ -85,6 +87,11 @@ class LoadReport:
     peak_bytes: dict[str, int]
     resident_before_bytes: int
     layers: tuple[LayerReport, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Scheme and weights in one short word, for answers."""
+        return f"{self.scheme}-{self.weight_hash[:12]}"
 
     @property
     def saving_ratio(self) -> float:

@@ -15,11 +15,21 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
-from service.engine.filters import check_supported, length_dependent_rope, packing_obstacle
+from service.engine.filters import (
+    check_supported,
+    first_position,
+    length_dependent_rope,
+    max_positions,
+    packing_obstacle,
+)
 from service.errors import UnsupportedModel
 from tests.engine.support import make_model
 
@@ -97,3 +107,20 @@ def test_a_rope_type_that_ignores_the_length_is_no_obstacle() -> None:
     model = llama_with("linear")
     assert length_dependent_rope(model) == []
     assert packing_obstacle(model) is None
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 1, 5])
+def test_positions_of_roberta_begin_behind_its_padding_id(pad_token_id: int) -> None:
+    config = RobertaConfig(**SMALL, is_decoder=True, pad_token_id=pad_token_id)
+    assert first_position(RobertaForCausalLM(config)) == pad_token_id + 1
+
+
+def test_positions_of_others_begin_at_0() -> None:
+    assert first_position(make_model("llama")) == 0
+
+
+def test_a_limit_of_positions_that_is_none_is_taken_as_none() -> None:
+    model = XLNetLMHeadModel(XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, vocab_size=64))
+    assert model.config.max_position_embeddings == -1
+    assert max_positions(model) is None
+    assert max_positions(LlamaForCausalLM(LlamaConfig(**SMALL, max_position_embeddings=77))) == 77

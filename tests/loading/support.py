@@ -43,13 +43,13 @@ def stock(folder: Path) -> PreTrainedModel:
 @torch.no_grad()
 def round_weights(model: nn.Module, loaded: LoadedModel) -> None:
     """Give a stock model the decoded weights that the report of a quantized load says it has."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for row in loaded.report.layers:
         if row.scheme == "none" or "shares" in row.reason:
             continue
         scheme = parse_scheme(row.scheme)
         if row.name in parameters:  # experts
-            is_transposed = "GptOss" in type(model).__name__
+            is_transposed = parameters[row.name].shape[2] != row.shape[1]
             for expert in parameters[row.name]:
                 expert.copy_(_rounded(expert, scheme, is_transposed=is_transposed))
         else:
