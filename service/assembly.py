@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,13 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service.api.defaults import read_sampling_defaults
+from service.api.grammars import GrammarChecker
 from service.api.logs import adopt_library_logs
 from service.api.state import ServedModel, ServiceState
 from service.api.text import TextCodec
 from service.demo import model_folder
-from service.engine.engine import Engine, EngineConfig
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
 from service.engine.sizing import device_memory, kv_memory_bytes
 from service.errors import CheckpointError, SettingError, UnsupportedModel
 from service.loading.loader import LoadedModel, LoadOptions, load_model, peak_bytes
@@ -25,6 +28,10 @@ from service.metrics import ModelFigures
 from service.numerics.recipe import parse_recipe
 from service.reports.machine import thread_limits
 from service.settings import Settings
+
+has_grammars = find_spec("llguidance") is not None
+if has_grammars:
+    from service.api.matchers import Matchers
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +58,14 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
     state.progress.enter(Phase.WARMUP)
     max_model_len = _max_model_len(settings, loaded)
     tokenizer, eos_token_ids = _load_tokenizer(loaded, trust_remote_code=settings.trust_remote_code)
-    engine = _make_engine(settings, state, loaded, max_model_len=max_model_len, num_threads=num_threads)
+    matchers = _make_matchers(tokenizer, loaded.vocab_size, eos_token_ids)
+    engine = Engine(
+        loaded.model,
+        _engine_config(settings, loaded, max_model_len=max_model_len, num_threads=num_threads),
+        observer=state.metrics,
+        deliver=state.router.deliver,
+        compile_grammar=None if matchers is None else matchers.compile,
+    )
     engine.start()
     max_model_len = _within_kv_memory(settings, engine, max_model_len)
     device = next(loaded.model.parameters()).device
@@ -66,6 +80,7 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
         eos_token_ids=eos_token_ids,
         sampling_defaults=read_sampling_defaults(loaded.folder),
         chat_template=codec.chat_template(),
+        grammars=None if matchers is None else GrammarChecker(matchers),
     )
     figures = ModelFigures(report=report, engine_state=engine.state, device_memory=partial(device_memory, device))
     return Loaded(served, engine, figures)
@@ -85,24 +100,34 @@ def _load_weights(settings: Settings, progress: LoadProgress) -> LoadedModel:
     return load_model(options, progress)
 
 
-def _make_engine(
-    settings: Settings, state: ServiceState, loaded: LoadedModel, *, max_model_len: int, num_threads: int
-) -> Engine:
+def _make_matchers(tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> Matchers | None:
+    """What compiles grammars for the tokenizer; None without the extra `grammar`."""
+    if not has_grammars:
+        return None
+    return Matchers(tokenizer.backend_tokenizer.to_str, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+
+
+def _engine_config(settings: Settings, loaded: LoadedModel, *, max_model_len: int, num_threads: int) -> EngineConfig:
     max_num_seqs = settings.max_num_seqs
-    config = EngineConfig(
+    return EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=max_model_len,
         kv_memory_bytes=kv_memory_bytes(
-            loaded.model, requested=settings.kv_memory, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            loaded.model,
+            requested=settings.kv_memory,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            kv_cache=settings.kv_cache,
         ),
+        kv_cache=settings.kv_cache,
         max_queue=settings.max_queue,
         vocab_size=loaded.vocab_size,
         num_threads=num_threads,
         prefix_cache=settings.prefix_cache == "on",
         step_budget_ms=settings.step_budget_ms,
+        deterministic=settings.deterministic,
     )
-    return Engine(loaded.model, config, observer=state.metrics, deliver=state.router.deliver)
 
 
 def _load_tokenizer(loaded: LoadedModel, *, trust_remote_code: bool) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:

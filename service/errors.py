@@ -11,10 +11,15 @@
     `-- RequestError            a request is refused or fails                       its HTTP status
         |-- InvalidRequest      400
         |   |-- PromptTooLong   400
-        |   `-- BodyTooLarge    413
+        |   |-- BodyTooLarge    413
+        |   `-- MalformedHttp   400, 431 or 501
+        |-- Unauthorized        401
         |-- NotFound            404 unknown model or route
         |-- MethodNotAllowed    405
+        |-- RequestTimedOut     408
+        |-- Misdirected         421 for another host
         |-- QueueFull           429, with Retry-After
+        |-- TooManyRequests     429, with Retry-After
         |-- Unavailable         503, loading or draining, with Retry-After
         |   `-- ServiceFailed   503, the load or the engine has failed; a retry does not help
         `-- EngineFailure       500, the step that held this request failed
@@ -61,6 +66,10 @@ class QuantizationError(ModelError):
     """A weight cannot be quantized: wrong number of dimensions, NaN or infinity."""
 
 
+class GrammarError(PennyweightError):
+    """A grammar that a text is to follow cannot be compiled, or takes too much on the way."""
+
+
 class RequestError(PennyweightError):
     """A request is refused or fails. Rendered as the OpenAI error envelope.
 
@@ -98,6 +107,21 @@ class BodyTooLarge(InvalidRequest):
     status = 413
 
 
+class MalformedHttp(InvalidRequest):
+    """What came is no HTTP request that can be answered as one; `status` says in which way."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message, code="malformed_http")
+        self.status = status
+
+
+class Unauthorized(RequestError):
+    """The request has no API key, or a wrong one."""
+
+    status = 401
+    type = "authentication_error"
+
+
 class NotFound(RequestError):
     """Unknown model or route."""
 
@@ -112,12 +136,38 @@ class MethodNotAllowed(RequestError):
     type = "invalid_request_error"
 
 
+class RequestTimedOut(RequestError):
+    """A request has not arrived, not begun or not ended in its time."""
+
+    status = 408
+    type = "timeout_error"
+
+
 class QueueFull(RequestError):
     """As many requests wait as `--max-queue` allows."""
 
     status = 429
     type = "rate_limit_error"
     retry_after_s = 1
+
+
+class Misdirected(RequestError):
+    """The request names a host that this service is not."""
+
+    status = 421
+    type = "invalid_request_error"
+
+
+class TooManyRequests(RequestError):
+    """A client uses more than its share; `reason` is the limit that it met, and the code."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
+        super().__init__(message, code=f"{reason}_exceeded")
+        self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(RequestError):

@@ -7,19 +7,24 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from service.api.limits import MAX_RATE, parse_rates
 from service.errors import SettingError
 
 LATER_SETTINGS = frozenset(
     {
-        *("api_keys", "api_keys_file", "cache_limit", "cors_origin", "deterministic", "fidelity", "kv_cache", "max_kl"),
-        *("memory", "queue_timeout", "request_timeout", "twin", "verify"),
+        *("cache_limit", "fidelity", "max_kl"),
+        *("memory", "verify"),
     }
 )
 """Names that are kept for other versions."""
+SECRETS = frozenset({"api_keys", "metrics_key"})
+"""Names that only variables have, and nothing prints; a file may hold the same."""
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:[0-9]{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:[0-9]{1,5})?")
+_TWIN = re.compile(r"https?://[a-z0-9.-]{1,253}(?::([0-9]{1,5}))?")
 _DEMO_NAME = "pennyweight-demo"
 _MAX_TOKEN_BYTES = 4096
 _SIZE = re.compile(r"(\d{1,18})\s*([KMGT]i?B|B)?", re.ASCII)
@@ -38,6 +43,49 @@ def parse_size(value: object) -> object:
     if match is None:
         raise PydanticCustomError("size", "must be a number of bytes, alone or with a unit such as KB, MiB or GiB")
     return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Origins with commas between them, each `scheme://host[:port]` as browsers write it, or `*` alone.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    origins = tuple(word.strip() for word in text.split(","))
+    if origins != ("*",) and not all(map(_ORIGIN.fullmatch, origins)):
+        raise ValueError
+    return origins
+
+
+def _check_rates(value: str | None) -> str | None:
+    try:
+        parse_rates(value or "1/second")
+    except ValueError as error:
+        raise PydanticCustomError(
+            "rate", f"must be rates of 1 to {MAX_RATE} requests, such as 60/minute or 5/second;1000/day"
+        ) from error
+    return value
+
+
+def _check_origins(value: str | None) -> str | None:
+    try:
+        parse_origins(value or "*")
+    except ValueError as error:
+        raise PydanticCustomError(
+            "origins", "must be origins such as https://example.org or http://localhost:3000, or *"
+        ) from error
+    return value
+
+
+def _check_twin(value: str | None) -> str | None:
+    match = _TWIN.fullmatch(value or "http://none")
+    if match is not None and 1 <= int(match[1] or 80) <= 65535:
+        return value
+    raise PydanticCustomError(
+        "twin",
+        "must be an origin such as http://127.0.0.1:8001, in small letters and without a path; "
+        "a page's security policy can name no IPv6 address",
+    )
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=2**50)]
@@ -86,18 +134,75 @@ class Settings(BaseModel):
     kv_memory: Annotated[
         Size | None, Field(description="memory for keys and values, such as 64MiB; default: worked out")
     ] = None
+    kv_cache: Annotated[
+        Literal["auto", "int8"],
+        Field(description="how keys and values are stored; auto: in the dtype of activations; int8: in half of 16 bit"),
+    ] = "auto"
     prefix_cache: Annotated[
         Literal["on", "off"], Field(description="keep what prompts left in the KV memory, for others that begin alike")
     ] = "on"
+    deterministic: Annotated[
+        bool,
+        Field(description="the same bits whatever runs beside a request: each computed alone, no prefix cache; slow"),
+    ] = False
     max_queue: Annotated[int, Field(ge=1, le=2**20, description="sequences that may wait")] = 256
+    queue_timeout: Annotated[
+        float, Field(ge=0.1, le=86400, allow_inf_nan=False, description="seconds that a request may wait for its start")
+    ] = 60.0
+    request_timeout: Annotated[
+        float, Field(ge=0.1, le=86400, allow_inf_nan=False, description="seconds that a request may take in all")
+    ] = 600.0
+    receive_timeout: Annotated[
+        float, Field(ge=0.1, le=86400, allow_inf_nan=False, description="seconds in which a request must have arrived")
+    ] = 30.0
+    send_timeout: Annotated[
+        float, Field(ge=0.1, le=86400, allow_inf_nan=False, description="seconds that a client may leave data unread")
+    ] = 60.0
     drain_timeout: Annotated[
         float, Field(ge=0, le=86400, allow_inf_nan=False, description="seconds for running requests at the end")
     ] = 30.0
+    api_keys_file: Annotated[
+        Path | None,
+        Field(description="file with [NAME:]KEY in each line; default: PENNYWEIGHT_API_KEYS, else no key is needed"),
+    ] = None
+    rate_limit: Annotated[
+        str | None,
+        Field(min_length=1, max_length=256, description="requests of one client, such as 60/minute or 5/second;99/day"),
+        AfterValidator(_check_rates),
+    ] = None
+    max_concurrent_requests: Annotated[
+        int | None, Field(ge=1, le=2**20, description="requests of one client at the same time")
+    ] = None
+    metrics_key_file: Annotated[
+        Path | None, Field(description="file with a key for /metrics; default: PENNYWEIGHT_METRICS_KEY, else none")
+    ] = None
+    cors_origin: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=4096,
+            description="origins of web pages that may use the service, commas between them; with keys * is all",
+        ),
+        AfterValidator(_check_origins),
+    ] = None
+    twin: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=300,
+            description="origin of another service to show beside this one on the page; its --cors-origin names this",
+        ),
+        AfterValidator(_check_twin),
+    ] = None
+    docs: Annotated[
+        Literal["on", "off"], Field(description="serve /docs, a page whose scripts come from cdn.jsdelivr.net")
+    ] = "off"
     max_body_bytes: Annotated[Size, Field(ge=1024, le=2**30, description="longest request body")] = 4194304
     failed_linger: Annotated[
         float, Field(ge=0, le=86400, allow_inf_nan=False, description="seconds that /readyz tells of a failed load")
     ] = 0.0
     log_format: Annotated[Literal["text", "json"], Field(description="form of the log on stderr")] = "text"
+    log_prompts: Annotated[bool, Field(description="write into the log what clients send to the model")] = False
     cache_dir: Annotated[
         Path | None, Field(description="where hub models are kept; default: huggingface_hub's own place")
     ] = None

@@ -1,7 +1,7 @@
 """Tiny real model families for tests, with random weights and a byte-level tokenizer.
 
 Every size is small and some are no powers of two. The weights spread enough for greedy output to vary.
-The family `faulty` is a Llama that misbehaves when it meets one of three token ids; see `FaultyLlama`.
+The family `faulty` is a Llama that misbehaves when it meets one of four token ids; see `FaultyLlama`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ NAN_TOKEN_ID = 3
 """`FaultyLlama` computes NaN in the sequence that holds it. The text `"\\x02"`."""
 BLOCK_TOKEN_ID = 4
 """`FaultyLlama` waits at its gate when a step holds it. The text `"\\x03"`."""
-FAULT_TOKEN_IDS = [RAISE_TOKEN_ID, NAN_TOKEN_ID, BLOCK_TOKEN_ID]
+OOM_TOKEN_ID = 5
+"""`FaultyLlama` has no memory for a step that holds it, however few its tokens. The text `"\\x04"`."""
+FAULT_TOKEN_IDS = [RAISE_TOKEN_ID, NAN_TOKEN_ID, BLOCK_TOKEN_ID, OOM_TOKEN_ID]
 
 GATE_TIMEOUT_S = 60.0
 
@@ -127,19 +129,26 @@ class FaultyConfig(LlamaConfig):  # type: ignore[no-untyped-call]
 
 
 class FaultyLlama(LlamaForCausalLM):  # type: ignore[no-untyped-call]
-    """A Llama that raises, computes NaN or blocks when it meets the token ids above.
+    """A Llama that raises, computes NaN, blocks or runs out of memory when it meets the token ids above.
+
+    It never gives them itself, unless a request's `logit_bias` makes it.
 
     Attributes:
+        most_tokens: of one forward that its memory suffices for; None for any number.
         reached: set when a step arrives at the gate.
         opened: lets the step pass; the fixture `gate` clears both before a test and opens it afterwards.
     """
 
     config_class = FaultyConfig
+    most_tokens: int | None = None
     reached = threading.Event()
     opened = threading.Event()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Compute what Llama computes, unless a token id asks for a fault."""
+        is_too_long = self.most_tokens is not None and input_ids.numel() > self.most_tokens
+        if is_too_long or (input_ids == OOM_TOKEN_ID).any():
+            raise torch.OutOfMemoryError(f"no memory for {input_ids.numel()} tokens")
         if (input_ids == RAISE_TOKEN_ID).any():
             raise RuntimeError(f"token {RAISE_TOKEN_ID} was met")
         if (input_ids == BLOCK_TOKEN_ID).any():
@@ -148,7 +157,9 @@ class FaultyLlama(LlamaForCausalLM):  # type: ignore[no-untyped-call]
                 raise RuntimeError(f"the gate stayed closed for {GATE_TIMEOUT_S} s")
         embeddings = self.get_input_embeddings()(input_ids)
         embeddings = embeddings.masked_fill((input_ids == NAN_TOKEN_ID)[..., None], torch.nan)
-        return super().forward(inputs_embeds=embeddings, **kwargs)
+        output = super().forward(inputs_embeds=embeddings, **kwargs)
+        output.logits[..., FAULT_TOKEN_IDS] -= 50
+        return output
 
 
 AutoConfig.register(FaultyConfig.model_type, FaultyConfig)

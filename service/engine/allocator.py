@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 
@@ -21,7 +21,8 @@ class BlockAllocator:
         self._num_holders = [0] * num_blocks
         self._is_taken = bytearray(num_blocks)  # held or cached
         self._num_free = num_blocks
-        self._cached: dict[int, None] = {}  # in order of use
+        # In order of use; the first of a dict is found behind all that was removed before it.
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._hashes: dict[int, bytes] = {}
         self._published: dict[bytes, int] = {}
 

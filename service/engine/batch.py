@@ -24,6 +24,23 @@ class Work:
         return self.position + self.count == len(self.sequence.token_ids)
 
     @property
+    def num_scored(self) -> int:
+        """How many of the tokens are followed by logits that say how likely the prompt's next token was.
+
+        They are the last ones, but for the prompt's very last, which has logits to sample from.
+        """
+        sequence = self.sequence
+        stop = min(self.position + self.count, sequence.num_scored + sequence.num_to_score)
+        return max(0, stop - max(self.position, sequence.num_scored))
+
+    @property
+    def num_logits(self) -> int:
+        """How many of the last tokens are followed by logits that anyone wants; at least one."""
+        if self.sequence.params.num_prompt_logprobs is None:
+            return 1
+        return self.num_scored + (self.samples or not self.num_scored)
+
+    @property
     def num_prompt_tokens(self) -> int:
         """How many of the tokens are computed as a prompt is; generated ones too, if they are computed again."""
         is_decode = self.count == 1 and self.position >= self.sequence.num_prompt_tokens
@@ -54,6 +71,14 @@ class Token(NamedTuple):
     logprobs: TokenLogprobs | None = None
 
 
+class Scores(NamedTuple):
+    """How likely the prompt's tokens behind `position` and after it were, and the next token if one was sampled."""
+
+    position: int
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    token: Token | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a sequence has no next token: ERROR or NONFINITE, and the text for the client."""
@@ -62,8 +87,10 @@ class Failure:
     error: str
 
 
-Outcome = Token | Failure
-"""What a step made of one sequence: its next token, or a failure."""
+NONFINITE = Failure(FinishReason.NONFINITE, "the model gave NaN or infinite logits for this sequence")
+
+Outcome = Token | Scores | Failure
+"""What a step made of one sequence: its next token, what it asks for besides, or a failure."""
 
 
 @dataclass(slots=True)
@@ -87,10 +114,14 @@ def step_stats(batch: Batch, outcomes: Mapping[str, Outcome], intervals: Interva
         num_sequences=len(batch.works),
         num_tokens=num_tokens,
         num_prompt_tokens=num_prompt_tokens,
-        num_sampled=sum(isinstance(outcome, Token) for outcome in outcomes.values()),
+        num_sampled=sum(_has_token(outcome) for outcome in outcomes.values()),
         inter_token_s=tuple(intervals.inter_token_s),
         first_token_s=tuple(intervals.first_token_s),
         queue_s=batch.queue_s,
         num_hit_tokens=batch.num_hit_tokens,
         num_preempted=len(batch.preempted),
     )
+
+
+def _has_token(outcome: Outcome) -> bool:
+    return isinstance(outcome, Token) or (isinstance(outcome, Scores) and outcome.token is not None)

@@ -32,7 +32,7 @@ class BlockManager:
     def admit(self, sequence: Sequence, *, num_spare: int) -> bool:
         """Give a sequence blocks for all its tokens, if `num_spare` blocks stay available; says whether.
 
-        It then begins behind the tokens that the cache has; one token at least is left to compute.
+        It then begins behind the tokens that the cache has; those whose logits it needs are left to compute.
         """
         hits = self._find_hits(sequence)
         num_missing = self._num_blocks_of(len(sequence.token_ids)) - len(hits)
@@ -108,7 +108,7 @@ class BlockManager:
                     assert self._allocator.num_holders(block) == 1, f"block {block} is shared and written to"
 
     def _find_hits(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the leading tokens; the last token is left to compute."""
+        """Cached blocks of the leading tokens, up to the first one whose logits are needed."""
         hits: list[int] = []
         if self._prefix_cache:
             num_blocks = self._num_shareable_blocks(sequence)
@@ -129,7 +129,8 @@ class BlockManager:
             hashes.append(parent)
 
     def _num_shareable_blocks(self, sequence: Sequence) -> int:
-        return (len(sequence.token_ids) - 1) // self.block_size
+        num_tokens = sequence.num_scored if sequence.num_to_score else len(sequence.token_ids) - 1
+        return num_tokens // self.block_size
 
     def _num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

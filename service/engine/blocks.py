@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from service.engine.config import KVFormat
+from service.engine.kv_stores import STORES, KVStore
 from service.errors import SettingError
 
 BLOCK_SIZE = 16
@@ -63,63 +65,75 @@ class KVBlocks:
     def __init__(self, block_size: int = BLOCK_SIZE) -> None:
         self.block_size = block_size
         self.num_blocks = _NUM_FIRST_BLOCKS
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._format: KVFormat = "auto"
+        self._likes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keys: dict[int, KVStore] = {}
+        self._values: dict[int, KVStore] = {}
 
     @property
     def num_layers(self) -> int:
         """Layers seen so far."""
-        return len(self._keys)
+        return len(self._likes)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers."""
-        stores = (*self._keys.values(), *self._values.values())
-        return sum(store[0].numel() * store.element_size() for store in stores)
+        head_bytes = STORES[self._format].head_bytes
+        likes = (like for pair in self._likes.values() for like in pair)
+        return sum(like.shape[1] * head_bytes(like.shape[2], like.dtype) for like in likes)
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
         return self.bytes_per_token * self.block_size * self.num_blocks
 
+    def set_format(self, kv_format: KVFormat) -> None:
+        """From now on store in this format; what was stored is dropped."""
+        self._format = kv_format
+        self.resize(self.num_blocks)
+
     def resize(self, num_blocks: int) -> None:
         """Make stores of `num_blocks` blocks for the layers seen so far; what was stored is dropped."""
         self.num_blocks = num_blocks
-        for stores in (self._keys, self._values):
-            for layer_idx, store in stores.items():
-                stores[layer_idx] = store.new_empty((num_blocks * self.block_size, *store.shape[1:]))
+        for layer_idx, (keys, values) in self._likes.items():
+            self._keys[layer_idx] = self._make_store(keys)
+            self._values[layer_idx] = self._make_store(values)
 
     def add_layer(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Make the stores of a layer for tokens like these, unless it is known."""
-        if layer_idx in self._keys:
+        if layer_idx in self._likes:
             return
-        num_slots = self.num_blocks * self.block_size
-        self._keys[layer_idx] = keys.new_empty((num_slots, *keys.shape[1:]))
-        self._values[layer_idx] = values.new_empty((num_slots, *values.shape[1:]))
+        self._likes[layer_idx] = keys.new_empty((0, *keys.shape[1:])), values.new_empty((0, *values.shape[1:]))
+        self._keys[layer_idx] = self._make_store(keys)
+        self._values[layer_idx] = self._make_store(values)
 
     def append(self, layer_idx: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store keys [T, kv_heads, dk] and values [T, kv_heads, dv] in slots int64[T]."""
-        self._keys[layer_idx].index_copy_(0, slots, keys)
-        self._values[layer_idx].index_copy_(0, slots, values)
+        self._keys[layer_idx].write(slots, keys)
+        self._values[layer_idx].write(slots, values)
 
     def clear(self, layer_idx: int, blocks: Tensor) -> None:
         """Fill blocks int64[n] of one layer with zeros."""
-        for store in (self._keys[layer_idx], self._values[layer_idx]):
-            store.view(self.num_blocks, -1).index_fill_(0, blocks, 0)
+        self._keys[layer_idx].clear(blocks)
+        self._values[layer_idx].clear(blocks)
 
     def gather(self, layer_idx: int, block_tables: Tensor) -> tuple[Tensor, Tensor]:
         """Copy out whole blocks, a row of `block_tables` int64[rows, n] for each row of the result.
 
         Returns:
-            Keys [rows, n * block_size, kv_heads, dk] and values [..., dv], in order of position.
+            Keys [rows, n * block_size, kv_heads, dk] and values [..., dv], in order of position, in the dtype
+            that they had when they were appended.
         """
-        return self._gather(self._keys[layer_idx], block_tables), self._gather(self._values[layer_idx], block_tables)
+        blocks = block_tables.view(-1)
+        keys, values = (stores[layer_idx].gather(blocks) for stores in (self._keys, self._values))
+        shape = (len(block_tables), -1)
+        return keys.view(*shape, *keys.shape[2:]), values.view(*shape, *values.shape[2:])
 
     def view(self, layer_idx: int, first_slot: int, last_slot: int) -> tuple[Tensor, Tensor]:
-        """Slots `first_slot .. last_slot - 1` without a copy: [n, kv_heads, dk] and [n, kv_heads, dv]."""
-        return self._keys[layer_idx][first_slot:last_slot], self._values[layer_idx][first_slot:last_slot]
+        """Slots `first_slot .. last_slot - 1`: [n, kv_heads, dk] and [n, kv_heads, dv]; a copy only from int8."""
+        stores = self._keys[layer_idx], self._values[layer_idx]
+        keys, values = (store.read(first_slot, last_slot) for store in stores)
+        return keys, values
 
-    def _gather(self, store: Tensor, block_tables: Tensor) -> Tensor:
-        rows, num_blocks = block_tables.shape
-        blocks = store.view(self.num_blocks, -1).index_select(0, block_tables.view(-1))
-        return blocks.view(rows, num_blocks * self.block_size, *store.shape[1:])
+    def _make_store(self, like: Tensor) -> KVStore:
+        return STORES[self._format](like, self.num_blocks, self.block_size)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from service.engine.allocator import BlockAllocator
-from service.engine.batch import Failure, Outcome, Work
 from service.engine.block_manager import BlockManager
 from service.engine.blocks import BLOCK_SIZE
 from service.engine.checks import check_length, check_token_ids
+from service.engine.config import EngineConfig
+from service.engine.execution import StepExecutor
 from service.engine.filters import check_supported
-from service.engine.messages import public_text
-from service.engine.pacing import StepPacer
+from service.engine.grammar import Compile, Grammars
+from service.engine.logprobs import max_scored_tokens
+from service.engine.pacing import STEP_LIMIT_FACTOR, StepPacer
 from service.engine.paths import choose_runner
+from service.engine.probe import num_probed_tokens
 from service.engine.runner import ModelRunner
 from service.engine.sampler import Sampler
 from service.engine.scheduler import Scheduler
@@ -31,41 +34,9 @@ from service.errors import InvalidRequest, QueueFull, SettingError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-_NONFINITE = Failure(FinishReason.NONFINITE, "the model gave NaN or infinite logits for this sequence")
+_MAX_RETRY_AFTER_S = 30  # official clients wait for a minute at most
 _LAST_STEP_S = 10.0  # how long `drain` and `stop` wait for the step that is under way
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Limits of an engine.
-
-    Attributes:
-        max_num_seqs: sequences computed together.
-        max_num_batched_tokens: tokens of one step; longer prompts are computed in chunks.
-        max_model_len: prompt and new tokens of one sequence.
-        kv_memory_bytes: memory for keys and values.
-        max_queue: sequences that wait.
-        vocab_size: token ids are below it.
-        num_threads: torch threads of the engine thread; None leaves torch's choice.
-        prefix_cache: keep the KV blocks of ended sequences for others that begin alike; on the packed path only.
-        step_budget_ms: how long a step should take at most in which a prompt is computed beside decodes.
-    """
-
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_model_len: int
-    kv_memory_bytes: int
-    max_queue: int = 256
-    vocab_size: int
-    num_threads: int | None = None
-    prefix_cache: bool = True
-    step_budget_ms: int = 50
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, bool) and value < 1:
-                raise SettingError(f"{name} is {value}; it must be at least 1; raise it")
+_QUIET_S = 1.0  # without a request before blocks are checked, which takes 30 ms where there are 100,000
 
 
 class Engine:
@@ -83,18 +54,20 @@ class Engine:
         *,
         observer: EngineObserver,
         deliver: Callable[[Seq[SequenceEvent]], None],
+        compile_grammar: Compile | None = None,
     ) -> None:
         check_supported(model)
         self._model = model
         self._config = config
         self._observer = observer
         self._deliver = deliver
-        self._sampler = Sampler()
-        self._runner: ModelRunner  # made and used on the engine thread
+        self._grammars = Grammars(compile_grammar)
+        self._executor: StepExecutor  # made and used on the engine thread
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._changed = threading.Condition()  # guards all below
         self._allocator = BlockAllocator(0)
+        self._pacer = StepPacer(config.step_budget_ms / 1000, least_tokens=BLOCK_SIZE)
         self._scheduler = self._new_scheduler(config.max_num_seqs)
         self._path: EnginePath | None = None
         self._open: set[str] = set()  # accepted and not ended
@@ -120,6 +93,11 @@ class Engine:
         """In which way the model is computed; None before the start."""
         return self._path
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine thread has ended by an error of its own; only a restart helps."""
+        return self._has_failed
+
     def submit(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, *, cache_salt: str = "") -> None:
         """Accept a sequence; events with `request_id` follow.
 
@@ -133,17 +111,13 @@ class Engine:
         """
         check_token_ids(prompt_ids, vocab_size=self._config.vocab_size)
         with self._changed:
-            if self._refusal is not None:
-                raise Unavailable(self._refusal[0], code=self._refusal[1])
+            self._check_room()
             num_slots = self._allocator.num_blocks * BLOCK_SIZE
             check_length(prompt_ids, params, max_model_len=self._config.max_model_len, num_slots=num_slots)
             if request_id in self._open:
                 raise InvalidRequest(
                     f"request id {request_id!r} is in use; ids are unique; choose another", code="request_id_in_use"
                 )
-            if self._scheduler.num_waiting >= self._config.max_queue:
-                message = f"{self._scheduler.num_waiting} requests wait, all that --max-queue allows; retry later"
-                raise QueueFull(message, code="queue_full")
             self._open.add(request_id)
             self._scheduler.add(
                 Sequence(
@@ -157,11 +131,29 @@ class Engine:
             )
             self._changed.notify_all()
 
+    def check_room(self) -> None:
+        """Raise QueueFull or Unavailable if `submit` would now, whatever it is given."""
+        with self._changed:
+            self._check_room()
+
+    def prepare_grammar(self, request_id: str, grammar: str) -> None:
+        """Compile a grammar on the calling thread, for the `submit` that follows; else the engine waits for it.
+
+        Raises:
+            GrammarError: it cannot be compiled.
+        """
+        self._grammars.prepare(request_id, grammar)
+
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a sequence with `reason`; one that is unknown or has ended is left alone."""
         with self._changed:
             self._scheduler.abort(request_id, reason, time.monotonic())
             self._changed.notify_all()
+
+    def is_queued(self, request_id: str) -> bool:
+        """Whether a sequence waits and was never scheduled."""
+        with self._changed:
+            return self._scheduler.is_queued(request_id)
 
     def state(self) -> EngineState:
         """Read the gauges."""
@@ -173,9 +165,10 @@ class Engine:
                 num_free_kv_blocks=self._allocator.num_free,
                 num_cached_kv_blocks=self._allocator.num_cached,
                 block_size=BLOCK_SIZE,
-                kv_cache_bytes=self._runner.num_bytes if self._path else 0,
+                kv_cache_bytes=self._executor.runner.num_bytes if self._path else 0,
                 last_step_at=self._last_step_at,
                 since_step_s=None if self._stepped_at is None else time.monotonic() - self._stepped_at,
+                step_limit_s=self._step_limit_s(),
                 has_failed=self._has_failed,
                 path=self._path,
             )
@@ -197,6 +190,7 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(_LAST_STEP_S)
+        self._grammars.close()
 
     def step(self) -> None:
         """Schedule, forward, sample, commit, deliver."""
@@ -204,8 +198,8 @@ class Engine:
             batch = self._scheduler.schedule(time.monotonic())
         if batch is not None:
             for request_id in batch.preempted:
-                self._runner.forget(request_id)
-            outcomes = self._compute(batch.works)
+                self._executor.runner.forget(request_id)
+            outcomes = self._executor.compute(batch.works)
             with self._changed:
                 stats = self._scheduler.commit(batch, outcomes, time.monotonic())
                 self._last_step_at, self._stepped_at = time.time(), time.monotonic()
@@ -214,15 +208,25 @@ class Engine:
 
     def _new_scheduler(self, max_num_seqs: int, runner: ModelRunner | None = None) -> Scheduler:
         config = self._config
+        chunked = runner is None or runner.chunked
         # Elsewhere blocks only count tokens, and each sequence has a cache of its own.
-        prefix_cache = config.prefix_cache and runner is not None and runner.path is EnginePath.PACKED
+        is_packed = runner is not None and runner.path is EnginePath.PACKED
+        prefix_cache = config.prefix_cache and is_packed and not config.deterministic
         return Scheduler(
             BlockManager(self._allocator, block_size=BLOCK_SIZE, prefix_cache=prefix_cache),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            chunked=runner is None or runner.chunked,
-            pacer=StepPacer(config.step_budget_ms / 1000, least_tokens=BLOCK_SIZE),
+            chunked=chunked,
+            chunk_length=config.chunk_length(chunked=chunked) or 1,
+            pacer=self._pacer,
+            max_num_scored=max_scored_tokens(config.vocab_size),
         )
+
+    def _step_limit_s(self) -> float:
+        if self._path is None:
+            return self._config.least_step_limit_s
+        size = self._config.longest_step(self._path, chunked=self._executor.runner.chunked)
+        return max(self._config.least_step_limit_s, STEP_LIMIT_FACTOR * self._pacer.longest_s(size))
 
     def _run(self) -> None:
         """Body of the engine thread."""
@@ -247,17 +251,27 @@ class Engine:
         if self._config.num_threads is not None:
             torch.set_num_threads(self._config.num_threads)  # holds for the calling thread only
         config = self._config
+        started = time.monotonic()
         runner = choose_runner(self._model, vocab_size=config.vocab_size, max_model_len=config.max_model_len)
+        probe_s = time.monotonic() - started
         try:
             num_blocks, num_seqs = runner.allocate(
-                config.kv_memory_bytes, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len
+                config.kv_memory_bytes,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=config.max_model_len,
+                kv_cache=config.kv_cache,
             )
         except (RuntimeError, MemoryError) as error:  # torch's allocators raise RuntimeError
             raise SettingError(
                 f"{config.kv_memory_bytes} bytes for keys and values cannot be allocated; lower --kv-memory"
             ) from error
-        self._runner = runner
+        chunk_length = config.chunk_length(chunked=runner.chunked)
+        if chunk_length is not None:
+            runner.make_deterministic()
+            logger.info("deterministic: each sequence is computed on its own, and the prefix cache is off")
+        self._executor = StepExecutor(runner, Sampler(self._grammars), self._observer, chunk_length=chunk_length)
         with self._changed:
+            self._pacer.assume(probe_s / num_probed_tokens(config.max_model_len))
             self._allocator = BlockAllocator(num_blocks)
             self._scheduler = self._new_scheduler(num_seqs, runner)
             self._path = runner.path
@@ -267,11 +281,13 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                if not self._scheduler.has_work:
-                    self._scheduler.check_integrity()
                 self._is_stepping = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._stopping or self._scheduler.has_work)
+                is_quiet = not self._changed.wait_for(self._is_wanted, _QUIET_S)
+            if is_quiet:
+                self._scheduler.check_blocks()  # without the lock: only this thread changes blocks
+            with self._changed:
+                self._changed.wait_for(self._is_wanted)
                 if self._stopping:
                     return
                 self._is_stepping = True
@@ -280,40 +296,15 @@ class Engine:
     def _end_all(self, reason: FinishReason) -> None:
         with self._changed:
             self._scheduler.abort_all(reason, time.monotonic())
-            self._scheduler.schedule(time.monotonic())  # takes out what was running
+            while self._scheduler.num_running:
+                try:
+                    self._scheduler.schedule(time.monotonic())  # takes out what was running
+                except AssertionError:  # by the blocks of one of them, which is out; the others are still to end
+                    logger.exception("blocks could not be given back")
         self._publish()
         with self._changed:
             self._is_stepping = False
             self._changed.notify_all()
-
-    def _compute(self, works: Seq[Work]) -> dict[str, Outcome]:
-        """Compute a step; if it raises, each sequence alone, so that only the cause of it fails."""
-        try:
-            return self._compute_together(works)
-        except Exception:
-            logger.exception("a step of %d sequences failed; each is tried alone", len(works))
-            self._observer.on_step_error()
-        outcomes: dict[str, Outcome] = {}
-        for work in works:
-            request_id = work.sequence.request_id
-            try:
-                outcomes |= self._compute_together([work])
-            except Exception as error:
-                logger.exception("sequence %s failed", request_id, extra={"request_id": request_id})
-                outcomes[request_id] = Failure(FinishReason.ERROR, public_text(error))
-        return outcomes
-
-    def _compute_together(self, works: Seq[Work]) -> dict[str, Outcome]:
-        logits = self._runner.forward(works)
-        sampling = [row for row, work in enumerate(works) if work.samples]
-        if len(sampling) < len(works):
-            logits = logits[sampling]
-        sequences = [works[row].sequence for row in sampling]
-        tokens = self._sampler.sample(logits, sequences)
-        return {
-            sequence.request_id: _NONFINITE if token is None else token
-            for sequence, token in zip(sequences, tokens, strict=True)
-        }
 
     def _publish(self) -> None:
         """Tell the observer, then deliver: who sees the end of a request sees it counted."""
@@ -324,8 +315,7 @@ class Engine:
             for event in events:
                 if event.finish_reason is None or event.timings is None:
                     continue
-                self._sampler.forget(event.request_id)
-                self._runner.forget(event.request_id)
+                self._executor.forget(event.request_id)
                 if event.finish_reason is FinishReason.NONFINITE:
                     self._observer.on_nonfinite()
                 self._observer.on_finished(event.finish_reason, event.timings)
@@ -333,9 +323,23 @@ class Engine:
             if events:
                 self._deliver(events)
 
+    def _check_room(self) -> None:
+        if self._refusal is not None:
+            raise Unavailable(self._refusal[0], code=self._refusal[1])
+        num_waiting = self._scheduler.num_waiting
+        if num_waiting >= self._config.max_queue:
+            message = f"{num_waiting} requests wait, all that --max-queue allows; retry later"
+            error = QueueFull(message, code="queue_full")
+            # What has got through the queue has taken so long; sooner another try finds it as full.
+            error.retry_after_s = min(max(1, math.ceil(self._scheduler.queue_s(time.monotonic()))), _MAX_RETRY_AFTER_S)
+            raise error
+
     def _refuse(self, message: str, code: str) -> None:
         if not self._has_failed:  # that reason stays
             self._refusal = (message, code)
+
+    def _is_wanted(self) -> bool:
+        return self._stopping or self._scheduler.has_work
 
     def _is_idle(self) -> bool:
         return not self._is_stepping and not self._scheduler.has_work

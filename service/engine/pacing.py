@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from service.engine.stats import StepStats
 
 _WEIGHT = 0.2
@@ -10,6 +12,17 @@ _MOST_TIMES_AVERAGE = 2.0
 """A step can be slowed down by anything on the machine, so a longer sample counts as this many times the average."""
 _LEAST_SHARE = 0.1
 """Of a step's time is put down to its prompt tokens, even if decodes alone took as long before."""
+
+STEP_LIMIT_FACTOR = 10
+"""A step that takes so many times as long as the longest one should is stuck: memory that swaps, machines that are
+shared and tokens far back in a long context are slower than the average, each by two or three times."""
+
+
+class StepSize(NamedTuple):
+    """What a step may hold at most: prompt tokens, and how many times the decodes of a measured one."""
+
+    num_prompt_tokens: int
+    num_rounds: int
 
 
 class StepPacer:
@@ -25,6 +38,7 @@ class StepPacer:
         self._least_tokens = least_tokens
         self._decode_s = _Average()
         self._token_s = _Average()
+        self._assumed_token_s = 0.0
 
     def observe(self, stats: StepStats) -> None:
         """Learn from a step; one with very few prompt tokens tells little about what each of them takes."""
@@ -40,6 +54,15 @@ class StepPacer:
             return None
         left_s = self._budget_s - (self._decode_s.value or 0.0)
         return max(self._least_tokens, int(left_s / self._token_s.value))
+
+    def assume(self, token_s: float) -> None:
+        """Take so long for a prompt token in `longest_s`, until a step has shown it."""
+        self._assumed_token_s = token_s
+
+    def longest_s(self, size: StepSize) -> float:
+        """Seconds that the longest step takes at the speed of the steps so far."""
+        token_s = self._token_s.value or self._assumed_token_s
+        return size.num_prompt_tokens * token_s + size.num_rounds * (self._decode_s.value or 0.0)
 
 
 class _Average:

@@ -175,6 +175,11 @@ class Probe:
         return logits.float()
 
 
+def num_probed_tokens(max_model_len: int) -> int:
+    """How many tokens a probe computes at least, by the model's own forward and by a runner together."""
+    return 2 * _NUM_SEQUENCES * min(_QUICK_SIZES[0], max_model_len)
+
+
 def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
     """Distance of logits [rows, vocab] from expected ones, as a share of the spread of these; infinite for NaN."""
     is_logit = expected.abs() < _LARGEST_LOGIT

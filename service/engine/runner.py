@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from service.engine.attention import STEP_KEYWORD, Chunk, Decodes, Span, Step, install
 from service.engine.batch import Work
 from service.engine.blocks import Capacity, KVBlocks, plan_capacity
+from service.engine.config import KVFormat
+from service.engine.filters import first_position
 from service.engine.stats import EnginePath
 
 _PADDING_SLACK_BLOCKS = 16
@@ -32,19 +34,27 @@ class ModelRunner(Protocol):
     def num_bytes(self) -> int:
         """Bytes of keys, values and states: sums over tensors."""
 
-    def allocate(self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int) -> Capacity:
+    def allocate(
+        self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int, kv_cache: KVFormat = "auto"
+    ) -> Capacity:
         """Say what the memory holds, and take what is taken in advance.
 
         Raises:
-            SettingError: the memory holds no block.
+            SettingError: the memory holds no block, or this way of computing stores no `kv_cache` of that format.
         """
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         """Compute each work's tokens and keep what the next ones need.
 
         Returns:
-            Logits float32[len(works), vocab] behind the last token of each work.
+            Logits float32[rows, vocab] behind the last `num_logits` tokens of each work, in order.
         """
+
+    def make_deterministic(self) -> None:
+        """From now on let a forward of one sequence depend on nothing but its tokens and positions, in every bit."""
+
+    def resume_position(self, work: Work) -> int | None:
+        """From where on a work is computed in smaller pieces after it has failed; None if it cannot be."""
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept of a sequence that has ended, or that will be computed again."""
@@ -66,6 +76,8 @@ class Runner:
         install(model)
         self._model = model
         self._device = next(model.parameters()).device
+        self._first_position = first_position(model)
+        self._reads_in_place = True
         self.kv = KVBlocks()
 
     @property
@@ -74,8 +86,15 @@ class Runner:
         return self.kv.num_bytes
 
     @torch.inference_mode()
-    def allocate(self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int) -> Capacity:
-        """See `ModelRunner`; the blocks are made here, and what was stored before is dropped."""
+    def allocate(
+        self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int, kv_cache: KVFormat = "auto"
+    ) -> Capacity:
+        """See `ModelRunner`; the blocks are made here, and what was stored before is dropped.
+
+        The format changes only here: the probe comes before and compares with keys and values as they are,
+        because int8 is further from the model's own forward than the probe tolerates.
+        """
+        self.kv.set_format(kv_cache)
         capacity = plan_capacity(
             kv_memory_bytes,
             token_bytes=self.kv.bytes_per_token,
@@ -94,20 +113,35 @@ class Runner:
         ordered = [works[i] for i in order]
         columns = torch.tensor(_columns(ordered, self.kv.block_size), device=self._device)
         ids, positions, slots = columns.unbind()
-        tails = [0] * len(works)
+        stops = [0] * len(works)
         stop = 0
         for i in order:
             stop += works[i].count
-            tails[i] = stop - 1
+            stops[i] = stop
+        tails = [
+            tail for work, stop in zip(works, stops, strict=True) for tail in range(stop - work.num_logits, stop)
+        ]
         step = Step(self.kv, slots, self._fresh_blocks(ordered), list(self._spans(ordered)))
         return self._call(ids[None], positions[None], torch.tensor(tails, device=self._device), step)
+
+    def make_deterministic(self) -> None:
+        """See `ModelRunner`; keys that are read in place lie now in a row, now apart, and differently aligned."""
+        self._reads_in_place = False
+
+    def resume_position(self, work: Work) -> int:
+        """See `ModelRunner`; slots are written again with the same."""
+        return work.position
 
     def forget(self, request_id: str) -> None:
         """See `ModelRunner`; the blocks belong to the scheduler, and nothing else is kept."""
 
     def _call(self, ids: Tensor, positions: Tensor, tails: Tensor, step: Step) -> Tensor:
         output = self._model(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=tails, **{STEP_KEYWORD: step}
+            input_ids=ids,
+            position_ids=positions + self._first_position if self._first_position else positions,
+            use_cache=False,
+            logits_to_keep=tails,
+            **{STEP_KEYWORD: step},
         )
         logits: Tensor = output.logits[0]
         if logits.shape[0] != tails.shape[0]:  # the model ignores `logits_to_keep` and returns every column
@@ -157,7 +191,7 @@ class Runner:
             start,
             stop,
             position=work.position,
-            first_slot=table[0] * self.kv.block_size if is_run else None,
+            first_slot=table[0] * self.kv.block_size if is_run and self._reads_in_place else None,
             block_table=torch.tensor([table], device=self._device),
         )
 

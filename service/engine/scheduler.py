@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TypedDict
 
-from service.engine.batch import Batch, Failure, Intervals, Outcome, Token, Work, step_stats
+from service.engine.batch import Batch, Failure, Intervals, Outcome, Scores, Token, Work, step_stats
 from service.engine.block_manager import BlockManager
 from service.engine.pacing import StepPacer
 from service.engine.sequence import (
@@ -27,9 +27,10 @@ from service.engine.sequence import (
 from service.engine.stats import StepStats
 
 
-class _News(TypedDict):
+class _News(TypedDict, total=False):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    stop_token: tuple[int, TokenLogprobs]
 
 
 class Scheduler:
@@ -38,7 +39,10 @@ class Scheduler:
     At most `min(max_num_seqs, max_num_batched_tokens)` sequences run, so that every step has at
     least one token for each of them and none starves. Without `chunked` a prompt is computed in one
     step, whatever its length; such a step may hold more than `max_num_batched_tokens`, by at most one prompt.
-    A `pacer` limits the prompt tokens of steps that also decode.
+    With `chunk_length` a prompt is cut at multiples of it only, wherever the limits of a step would cut it, so a
+    step may be longer by less than one chunk. A `pacer` limits the prompt tokens of steps that also decode. In one
+    step at most `max_num_scored` tokens have logits that are kept to score prompts; without `chunked` too such a
+    prompt is cut.
     """
 
     def __init__(
@@ -48,13 +52,17 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked: bool = True,
+        chunk_length: int = 1,
         pacer: StepPacer | None = None,
+        max_num_scored: int | None = None,
     ) -> None:
         self._blocks = blocks
         self._max_running = min(max_num_seqs, max_num_batched_tokens)
         self._max_num_batched_tokens = max_num_batched_tokens
         self._chunked = chunked
+        self._chunk_length = chunk_length
         self._pacer = pacer
+        self._max_num_scored = max_num_scored
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._aborted: dict[str, FinishReason] = {}
@@ -74,6 +82,14 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `schedule` or `take_events` has something to give."""
         return bool(self._waiting or self._running or self._events)
+
+    def is_queued(self, request_id: str) -> bool:
+        """Whether a sequence waits and was never scheduled."""
+        return any(s.request_id == request_id and s.scheduled_at is None for s in self._waiting)
+
+    def queue_s(self, now: float) -> float:
+        """How long the sequence has waited that is the next to begin; 0 if there is none."""
+        return next((now - s.submitted_at for s in self._waiting if s.scheduled_at is None), 0.0)
 
     def add(self, sequence: Sequence) -> None:
         """Put a sequence at the end of the queue; it must fit the KV blocks when it is alone."""
@@ -129,9 +145,11 @@ class Scheduler:
                 continue
             if isinstance(outcome, Failure):
                 self._finish(sequence, outcome.reason, now, error=outcome.error)
-            else:
-                self._blocks.confirm(sequence)
-                self._append(sequence, outcome, now, intervals)
+                continue
+            self._blocks.confirm(sequence)
+            token = self._score(sequence, outcome) if isinstance(outcome, Scores) else outcome
+            if token is not None:
+                self._append(sequence, token, now, intervals)
         self._remove_aborted(now)
         stats = step_stats(batch, outcomes, intervals, now)
         if self._pacer is not None:
@@ -145,10 +163,14 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that blocks are held by running sequences only, and that all came in order of submission."""
-        self._blocks.check_integrity(self._running)
+        self.check_blocks()
         assert all(not sequence.block_table for sequence in self._waiting)
         times = [sequence.submitted_at for sequence in (*self._running, *self._waiting)]
         assert times == sorted(times), "a sequence was overtaken"
+
+    def check_blocks(self) -> None:
+        """Assert the same of blocks alone, which `add` and `abort` leave as they are."""
+        self._blocks.check_integrity(self._running)
 
     def _decodes(self) -> tuple[list[Work], list[str]]:
         """The next token of each sequence that decodes, the oldest first, and the request ids of those sent back."""
@@ -180,11 +202,22 @@ class Scheduler:
         return limit if paced is None else min(limit, paced)
 
     def _add_chunk(self, works: list[Work], sequence: Sequence, limit: int) -> int:
+        """Add what a step computes of a prompt if it may have `limit` more tokens; says how many that are."""
+        if limit <= 0:
+            return 0
         count = _num_uncomputed(sequence)
-        if self._chunked:
-            count = min(count, limit)
-        if count > 0:
-            works.append(Work(sequence, sequence.num_computed, count))
+        most = limit if self._chunked else count
+        if sequence.num_to_score and self._max_num_scored is not None:
+            num_told = max(0, sequence.num_scored - sequence.num_computed)
+            most = min(most, num_told + self._max_num_scored - sum(work.num_scored for work in works))
+        if most <= 0:
+            return 0
+        if count > most:
+            count = most
+            num_left = sequence.num_prompt_tokens - sequence.num_computed
+            if count < num_left:
+                count = min(num_left, max(1, count // self._chunk_length) * self._chunk_length)
+        works.append(Work(sequence, sequence.num_computed, count))
         return count
 
     def _admit(self) -> Sequence | None:
@@ -206,7 +239,15 @@ class Scheduler:
         self._running.append(sequence)
         return sequence
 
+    def _score(self, sequence: Sequence, scores: Scores) -> Token | None:
+        sequence.num_scored += len(scores.prompt_logprobs)
+        self._events.append(SequenceEvent(request_id=sequence.request_id, prompt_logprobs=scores.prompt_logprobs))
+        return scores.token
+
     def _append(self, sequence: Sequence, token: Token, now: float, intervals: Intervals) -> None:
+        if sequence.params.max_tokens == 0:  # finite logits were seen, and nobody wants the token
+            self._finish(sequence, FinishReason.LENGTH, now)
+            return
         sequence.token_ids.append(token.token_id)
         if sequence.first_token_at is None or sequence.last_token_at is None:
             sequence.first_token_at = now
@@ -215,7 +256,7 @@ class Scheduler:
             intervals.inter_token_s.append(now - sequence.last_token_at)
         sequence.last_token_at = now
         if token.token_id in sequence.params.stop_token_ids:
-            self._finish(sequence, FinishReason.STOP, now)
+            self._finish(sequence, FinishReason.STOP, now, token=token)
         elif sequence.num_generated == sequence.params.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, now, token=token)
         else:
@@ -236,11 +277,10 @@ class Scheduler:
         token: Token | None = None,
         error: str | None = None,
     ) -> None:
-        """Free the blocks and add the one terminal event."""
-        if sequence.status is SequenceStatus.RUNNING:
+        """Add the one terminal event, then free the blocks: it comes even if something is wrong with these."""
+        was_running = sequence.status is SequenceStatus.RUNNING
+        if was_running:
             self._running.remove(sequence)
-            is_sound = reason not in (FinishReason.ERROR, FinishReason.NONFINITE)
-            self._blocks.release(sequence, is_sound=is_sound)
         sequence.status = SequenceStatus.FINISHED
         self._events.append(
             SequenceEvent(
@@ -248,19 +288,24 @@ class Scheduler:
                 finish_reason=reason,
                 error=error,
                 timings=_timings(sequence, now),
-                **_news(token),
+                **_news(token, is_stop=reason is FinishReason.STOP),
             )
         )
+        if was_running:
+            is_sound = reason not in (FinishReason.ERROR, FinishReason.NONFINITE)
+            self._blocks.release(sequence, is_sound=is_sound)
 
 
 def _num_uncomputed(sequence: Sequence) -> int:
     return len(sequence.token_ids) - sequence.num_computed
 
 
-def _news(token: Token | None) -> _News:
+def _news(token: Token | None, *, is_stop: bool = False) -> _News:
     """The fields of an event that tell of a token."""
     if token is None:
-        return {"token_ids": (), "logprobs": ()}
+        return {}
+    if is_stop:
+        return {} if token.logprobs is None else {"stop_token": (token.token_id, token.logprobs)}
     return {"token_ids": (token.token_id,), "logprobs": () if token.logprobs is None else (token.logprobs,)}
 
 

@@ -31,10 +31,11 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one sequence is continued. Values are checked by the API before they come here.
 
-    They apply in this order: penalties, `logit_bias`, `min_tokens`, `temperature`, `top_k`, `top_p`, `min_p`.
+    They apply in this order: penalties, `logit_bias`, `min_tokens`, `grammar`, `temperature`, `top_k`,
+    `top_p`, `min_p`.
 
     Attributes:
-        max_tokens: new tokens at most, >= 1.
+        max_tokens: new tokens at most; with 0 the prompt is computed, and nothing is sampled.
         temperature: 0 is greedy, else logits are divided by it; 0..2.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches it; (0, 1].
@@ -43,10 +44,14 @@ class SamplingParams:
         frequency_penalty: taken from a logit for each time that the text has the token; -2..2.
         presence_penalty: taken from a logit if the text has the token; -2..2.
         logit_bias: token ids, each once, and what is added to their logits; -100..100.
-        min_tokens: `stop_token_ids` are not sampled before so many tokens; at most `max_tokens`.
+        min_tokens: `stop_token_ids` are not sampled before so many tokens; at most `max_tokens`. Stop strings, which
+            the engine does not know, leave the text of as many tokens alone.
         seed: int64 of this sequence's own random generator; None draws one.
         stop_token_ids: generation ends after one of these, which is not part of the text.
+        grammar: what the text follows, as `Compile` of `service.engine.grammar` reads it; it has the last word on
+            which tokens may come, also against `min_tokens`. None for any text.
         num_logprobs: likeliest tokens whose log-probabilities come with each token's own; None for no such numbers.
+        num_prompt_logprobs: the same for the tokens of the prompt from the second on.
     """
 
     max_tokens: int
@@ -61,14 +66,16 @@ class SamplingParams:
     min_tokens: int = 0
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: str | None = None
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 class TokenLogprobs(NamedTuple):
     """Log-probabilities in nats at one position, by the model's own logits, before any parameter changes them.
 
     Attributes:
-        logprob: of the token that was sampled.
+        logprob: of the token that was sampled, or that the prompt has.
         top: ids of the likeliest tokens and theirs, likeliest first; of equal ones the lower id first.
     """
 
@@ -99,6 +106,8 @@ class SequenceEvent:
         request_id: as given to `Engine.submit`.
         token_ids: tokens sampled since the last event, without the stop token; may be empty.
         logprobs: of each of `token_ids` if the sequence asks for them, else empty.
+        prompt_logprobs: of the prompt's tokens from the second on, those that follow the last event's.
+        stop_token: the one that ended the sequence, if it asks for `logprobs`.
         finish_reason: None while the sequence goes on.
         error: what failed, for ERROR and NONFINITE.
         timings: with the terminal event only.
@@ -107,6 +116,8 @@ class SequenceEvent:
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_token: tuple[int, TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
     timings: SequenceTimings | None = None
@@ -121,6 +132,7 @@ class Sequence:
         cache_salt: only sequences with the same one share KV blocks.
         num_computed: leading tokens whose keys and values are in the KV blocks.
         num_confirmed: leading tokens behind which logits were finite, or that others have computed.
+        num_scored: leading tokens of the prompt behind which logits were turned into `prompt_logprobs`.
         block_table: KV blocks in order of position.
         block_hashes: of leading full blocks, as far as they were needed.
         submitted_at, scheduled_at, first_token_at, last_token_at: `time.monotonic` seconds.
@@ -135,6 +147,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     num_confirmed: int = 0
+    num_scored: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     scheduled_at: float | None = None
@@ -145,3 +158,10 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_to_score(self) -> int:
+        """Tokens of the prompt, behind the `num_scored` first, whose logits are still to be told."""
+        if self.params.num_prompt_logprobs is None:
+            return 0
+        return self.num_prompt_tokens - 1 - self.num_scored

@@ -13,8 +13,10 @@ from transformers import DynamicCache
 
 from service.engine.batch import Work
 from service.engine.blocks import Capacity, plan_capacity
-from service.engine.filters import length_dependent_rope, rope_parameters
+from service.engine.config import KVFormat
+from service.engine.filters import first_position, length_dependent_rope, rope_parameters
 from service.engine.stats import EnginePath
+from service.errors import SettingError
 
 _STATE_KEYWORDS = ("cache_params", "state")
 _CACHE_KEYWORDS = ("past_key_values", *_STATE_KEYWORDS)
@@ -45,6 +47,7 @@ class CacheRunner:
         self.num_bytes = 0
         self._model = model
         self._device = next(model.parameters()).device
+        self._first_position = first_position(model)
         self._keywords = set(inspect.signature(model.forward).parameters)
         self._cache_keyword = next((name for name in _CACHE_KEYWORDS if name in self._keywords), None)
         if self._cache_keyword in _STATE_KEYWORDS:
@@ -57,8 +60,15 @@ class CacheRunner:
             self._makes_cache = self._cache_keyword is None or self._call([0], 0, None)[1] is not None
 
     @torch.inference_mode()
-    def allocate(self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int) -> Capacity:
+    def allocate(
+        self, kv_memory_bytes: int, *, max_num_seqs: int, max_model_len: int, kv_cache: KVFormat = "auto"
+    ) -> Capacity:
         """See `ModelRunner`; two caches are measured, and none is made in advance."""
+        if kv_cache != "auto":
+            raise SettingError(
+                f"--kv-cache {kv_cache}: this model is computed {self.path}, with caches of transformers; "
+                "only what packed models store can be converted; use --kv-cache auto"
+            )
         short, long = (cache_bytes(self._start([0] * count)[1]) for count in (1, _NUM_MEASURED_TOKENS))
         token_bytes = -(-(long - short) // (_NUM_MEASURED_TOKENS - 1))
         return plan_capacity(
@@ -72,7 +82,18 @@ class CacheRunner:
     @torch.inference_mode()
     def forward(self, works: Sequence[Work]) -> Tensor:
         """See `ModelRunner`."""
-        return torch.stack([self._forward_one(work) for work in works])
+        logits = [self._forward_one(work) for work in works]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def make_deterministic(self) -> None:
+        """See `ModelRunner`; caches are a sequence's own in any case."""
+
+    def resume_position(self, work: Work) -> int | None:
+        """See `ModelRunner`; from the first token if the cache was dropped or has come too far."""
+        if not self.chunked or self._cache_keyword is None:
+            return None
+        held = self._held.get(work.sequence.request_id)
+        return held.num_tokens if held is not None and held.num_tokens <= work.position else 0
 
     def forget(self, request_id: str) -> None:
         """See `ModelRunner`."""
@@ -80,14 +101,17 @@ class CacheRunner:
 
     def _forward_one(self, work: Work) -> Tensor:
         request_id = work.sequence.request_id
-        stop = work.position + work.count
+        end = work.position + work.count
+        # Where chunks are computed wrongly, a prompt that is scored in chunks is computed whole for each of them.
+        stop = end if self.chunked else len(work.sequence.token_ids)
+        columns = range(end - work.num_logits, end)
         held = self._held.get(request_id)
         try:
             if held is None or held.num_tokens != work.position or self._switches_rope(work.position, stop):
-                logits, cache = self._start(work.sequence.token_ids[:stop])
+                logits, cache = self._start(work.sequence.token_ids[:stop], columns)
             else:
                 token_ids = work.sequence.token_ids[work.position : stop]
-                logits, cache = self._call(token_ids, work.position, held.cache)
+                logits, cache = self._call(token_ids, work.position, held.cache, columns)
         except BaseException:
             self.forget(request_id)  # some layers may have taken in the tokens, others not
             raise
@@ -104,37 +128,45 @@ class CacheRunner:
         """Whether the frequencies differ from those that the tokens before `start` were stored with."""
         return any(start <= length < stop for length in self._rope_switches)
 
-    def _start(self, token_ids: list[int]) -> tuple[Tensor, Any]:
+    def _start(self, token_ids: list[int], columns: range | None = None) -> tuple[Tensor, Any]:
         """Compute a sequence from its first token."""
         if self.path is EnginePath.SINGLE and "use_cache" in self._keywords:
             # Without a cache a model drops what the sequence before has left in its modules.
             self._model(input_ids=torch.tensor([token_ids[:1]], device=self._device), use_cache=False)
         config: Any = self._model.config
-        return self._call(token_ids, 0, None if self._makes_cache else DynamicCache(config=config))
+        return self._call(token_ids, 0, None if self._makes_cache else DynamicCache(config=config), columns)
 
-    def _call(self, token_ids: list[int], start: int, cache: Any) -> tuple[Tensor, Any]:
+    def _call(
+        self, token_ids: list[int], start: int, cache: Any, columns: range | None = None
+    ) -> tuple[Tensor, Any]:
         """Compute tokens that follow the `start` tokens of a cache.
 
         Returns:
-            Logits float32[vocab] behind the last token, and the cache with all tokens or None.
+            Logits float32[rows, vocab] behind the tokens at the positions `columns`, by default the last one,
+            and the cache with all tokens or None.
         """
         for module, prefix in self._rotary:
             original = getattr(module, f"{prefix}original_inv_freq")
             setattr(module, f"{prefix}inv_freq", original.to(self._device, copy=True))
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
         stop = start + len(token_ids)
+        columns = columns or range(stop - 1, stop)
+        is_last = columns.start == stop - 1
         arguments = {
             "attention_mask": torch.ones((1, stop), dtype=torch.int64, device=self._device),
-            "position_ids": torch.arange(start, stop, device=self._device)[None],
+            "position_ids": torch.arange(start, stop, device=self._device)[None] + self._first_position,
             "use_cache": True,
-            "logits_to_keep": 1,
+            "logits_to_keep": 1 if is_last else torch.tensor(columns, device=self._device) - start,
         }
         arguments = {name: value for name, value in arguments.items() if name in self._keywords}
         if self._cache_keyword is not None:
             arguments[self._cache_keyword] = cache
         output = self._model(input_ids=torch.tensor([token_ids], device=self._device), **arguments)
         returned = None if self._cache_keyword is None else getattr(output, self._cache_keyword, None)
-        return output.logits[0, -1].float(), cache if returned is None else returned
+        logits = output.logits[0]
+        if len(logits) != len(columns):  # the model returns every column
+            logits = logits[columns.start - start : columns.stop - start]
+        return logits.float(), cache if returned is None else returned
 
 
 def cache_bytes(cache: object) -> int:

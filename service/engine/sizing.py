@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from service.engine.config import KVFormat
+from service.engine.kv_stores import STORES
 from service.errors import SettingError
 from service.loading import memory
 
@@ -14,7 +16,9 @@ _MEMORY_SHARE = 0.1
 _TOKENS_PER_SEQUENCE = 2048
 
 
-def kv_memory_bytes(model: nn.Module, *, requested: int | None, max_num_seqs: int, max_model_len: int) -> int:
+def kv_memory_bytes(
+    model: nn.Module, *, requested: int | None, max_num_seqs: int, max_model_len: int, kv_cache: KVFormat = "auto"
+) -> int:
     """Memory for keys and values: as requested, else a tenth of what is free, at most 2048 tokens a sequence.
 
     A model without attention heads gets the whole tenth: it bounds states, and takes nothing in advance.
@@ -37,7 +41,8 @@ def kv_memory_bytes(model: nn.Module, *, requested: int | None, max_num_seqs: in
         return share
     num_heads = getattr(config, "num_key_value_heads", None) or num_query_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // num_query_heads
-    bytes_per_token = 2 * config.num_hidden_layers * num_heads * head_size * weight.element_size()
+    head_bytes = STORES[kv_cache].head_bytes(head_size, weight.dtype)
+    bytes_per_token = 2 * config.num_hidden_layers * num_heads * head_bytes
     wanted: int = max_num_seqs * min(max_model_len, _TOKENS_PER_SEQUENCE) * bytes_per_token
     return min(wanted, share)
 

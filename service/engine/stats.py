@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol
@@ -63,6 +64,7 @@ class EngineState:
         kv_cache_bytes: bytes allocated for KV blocks; on other paths those of the caches that are held.
         last_step_at: Unix time of the last finished step; None before the first.
         since_step_s: seconds since then, on the monotonic clock; None before the first.
+        step_limit_s: how long a step may take at most, by the speed of those so far; one that takes longer is stuck.
         has_failed: the engine thread has ended by an error of its own; only a restart helps.
         path: in which way the model is computed; None before the start.
     """
@@ -76,6 +78,7 @@ class EngineState:
     kv_cache_bytes: int
     last_step_at: float | None
     since_step_s: float | None = None
+    step_limit_s: float = math.inf
     has_failed: bool = False
     path: EnginePath | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -37,7 +37,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from tests.models import VOCAB_SIZE
+from tests.models import VOCAB_SIZE, FaultyConfig, FaultyLlama, build_model
 
 ROPE_LENGTH = 40
 """Positions from which on dynamic and longrope frequencies change."""
@@ -128,4 +128,38 @@ def make_unpackable(family: str) -> PreTrainedModel:
         if parameter.dim() > 1 and "conv" not in name:
             parameter.normal_(std=0.6 if family == "openai-gpt" else 0.2)
     nn.Module.eval(model)
+    return model
+
+
+class UnpackableFaulty(FaultyLlama):  # type: ignore[no-untyped-call]
+    """A `FaultyLlama` that says of itself that it takes no attention function."""
+
+    _supports_attention_backend = False
+
+    def forward(  # type: ignore[override] # the keywords by name, so that they are seen
+        self,
+        input_ids: Tensor,
+        *,
+        past_key_values: Any = None,
+        position_ids: Any = None,
+        attention_mask: Any = None,
+        use_cache: Any = None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+
+
+def make_unpackable_faulty() -> PreTrainedModel:
+    """The family `faulty` of `tests.models`, computed per request."""
+    packed = build_model("faulty")
+    assert isinstance(packed.config, FaultyConfig)
+    model = UnpackableFaulty(packed.config)
+    model.load_state_dict(packed.state_dict())
     return model

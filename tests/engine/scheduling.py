@@ -22,6 +22,7 @@ def make_scheduler(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 8,
     chunked: bool = True,
+    chunk_length: int = 1,
     prefix_cache: bool = False,
     pacer: StepPacer | None = None,
 ) -> Scheduler:
@@ -30,6 +31,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         chunked=chunked,
+        chunk_length=chunk_length,
         pacer=pacer,
     )
 

@@ -21,7 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from service.engine.engine import Engine, EngineConfig
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.grammar import Compile
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.engine.stats import StepStats
 from tests.models import VOCAB_SIZE, build_model
@@ -157,11 +159,13 @@ class CheckedEngine(Engine):
 
 
 @contextmanager
-def running(model: nn.Module, **limits: Any) -> Iterator[tuple[Engine, Recorder]]:
+def running(
+    model: nn.Module, *, compile_grammar: Compile | None = None, **limits: Any
+) -> Iterator[tuple[Engine, Recorder]]:
     """A started engine; at the end each request has had one terminal event, its last, and no block is held."""
     recorder = Recorder()
     config = EngineConfig(**{"max_model_len": 512, "kv_memory_bytes": 1 << 21, "vocab_size": VOCAB_SIZE, **limits})
-    engine = CheckedEngine(model, config, observer=recorder, deliver=recorder.deliver)
+    engine = CheckedEngine(model, config, observer=recorder, deliver=recorder.deliver, compile_grammar=compile_grammar)
     engine.start()
     try:
         yield engine, recorder

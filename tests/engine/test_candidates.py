@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from service.engine.candidates import NUM_CANDIDATES, Candidates, Limits, draw, find_candidates, likeliest, top
+from service.engine.candidates import NUM_CANDIDATES, Candidates, Limits, cut, draw, find_candidates, likeliest, top
 from service.engine.sequence import SamplingParams
 
 SHAPES = {"flat": 0.1, "even": 1.0, "peaked": 5.0}
@@ -35,12 +35,18 @@ def dense(candidates: Candidates, vocab_size: int) -> Tensor:
 
 
 def warped(logits: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Probabilities by the fewest candidates that are said to be exact."""
-    probabilities = torch.full_like(logits, torch.nan)
-    for num_candidates in (logits.shape[1], *reversed(NUM_CANDIDATES)):
-        candidates = found(logits, params, num_candidates)
-        probabilities[candidates.is_exact] = dense(candidates, logits.shape[1])[candidates.is_exact]
+    """Probabilities by the candidates where they are said to be exact, else by a cut of the whole vocabulary."""
+    probabilities = cut_off(logits, params)
+    candidates = found(logits, params, NUM_CANDIDATES)
+    probabilities[candidates.is_exact] = dense(candidates, logits.shape[1])[candidates.is_exact]
     return probabilities
+
+
+def cut_off(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Probabilities float32[rows, vocab] by a cut of the whole vocabulary."""
+    factors = Limits.of(params, logits.device).inverse_temperature
+    rows = [cut(row, one, factor) for row, one, factor in zip(logits, params, factors, strict=True)]
+    return (torch.stack(rows) * factors).softmax(1)
 
 
 def oracle(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -99,6 +105,23 @@ def test_as_many_candidates_are_said_to_suffice_as_do(scale: float, limits: dict
             assert not whole.weights[:, num_candidates:].any()
 
 
+@pytest.mark.parametrize("decimals", [0, 2, 7])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "limits",
+    [{"top_k": 1}, {"top_k": 300}, {"top_k": 5000, "top_p": 0.9}, {"top_p": 0.01}, {"top_p": 0.999, "min_p": 0.01}],
+    ids=str,
+)
+def test_a_cut_keeps_what_a_sort_of_the_whole_vocabulary_keeps(
+    decimals: int, temperature: float, limits: dict[str, float]
+) -> None:
+    logits = make_logits(5003, rows=3).round(decimals=decimals)
+    logits[:, 17::7] = -torch.inf
+    params = [SamplingParams(max_tokens=1, temperature=temperature, **limits)] * 3  # type: ignore[arg-type]
+    sorted_out = dense(found(logits, params, 5003), 5003)
+    assert torch.equal(cut_off(logits, params) > 0, sorted_out > 0)
+
+
 @pytest.mark.parametrize("decimals", [0, 1, 2])
 @pytest.mark.parametrize(
     "limits",
@@ -118,9 +141,23 @@ def test_the_shortcut_gives_what_the_whole_vocabulary_gives_among_ties(decimals:
         assert torch.equal(dense(whole, 5003) > 0, oracle(logits, params[0]) > 0)
     for uniform in torch.linspace(0, 1, 37, dtype=torch.float64)[:-1]:
         drawn = draw(logits, params, uniform[None])
-        cumulative = whole.weights.double().cumsum(1)
-        place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        assert drawn == whole.ids.gather(1, place)[0]
+        cumulative = dense(whole, 5003).double().cumsum(1)
+        assert drawn == torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[0]
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_an_error_of_rounding_that_swaps_two_tokens_draws_no_other_one(limits: dict[str, float]) -> None:
+    logits = make_logits(5003, rows=1)
+    logits[0, 7] = logits[0, 4000] = logits.amax()
+    uniforms = torch.linspace(0, 1, 301, dtype=torch.float64)[:-1]
+    params = [SamplingParams(max_tokens=1, **limits)] * len(uniforms)  # type: ignore[arg-type]
+    drawn = []
+    for larger in (7, 4000):
+        off = logits.expand(len(uniforms), -1).clone()
+        off[:, larger] = torch.nextafter(off[:, larger], torch.tensor(torch.inf))
+        drawn.append(draw(off, params, uniforms).tolist())
+    assert drawn[0] == drawn[1]
+    assert limits == {} or {7, 4000} <= set(drawn[0])
 
 
 @pytest.mark.parametrize("vocab_size", [*VOCAB_SIZES, 256, 512])

@@ -5,7 +5,8 @@ import threading
 import pytest
 from transformers import PreTrainedModel
 
-from service.engine.engine import Engine, EngineConfig
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
 from service.engine.sequence import FinishReason, SamplingParams
 from service.errors import InvalidRequest, PromptTooLong, QueueFull, SettingError, Unavailable
 from tests.conftest import Gate

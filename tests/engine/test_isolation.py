@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedModel
 
-from service.engine.engine import Engine, EngineConfig
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
 from service.engine.messages import public_text
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.errors import Unavailable
@@ -154,9 +155,36 @@ def test_a_lost_block_stops_the_engine_loudly_when_it_is_idle(
     engine._allocator.allocate(1)
     engine.submit("a", make_prompt(4), greedy(2))
     assert recorder.reason("a") is FinishReason.LENGTH
-    engine.drain(TIMEOUT_S)
+    engine._thread.join(TIMEOUT_S)  # it looks when nothing has come for a second
     assert engine.state().has_failed
     assert "holders, expected: {0: (1, 0)}" in caplog.text
+    engine.stop()
+
+
+def test_blocks_that_cannot_be_given_back_take_no_end_from_a_request(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(max_model_len=512, kv_memory_bytes=1 << 20, vocab_size=VOCAB_SIZE)
+    recorder = Recorder()
+    engine = Engine(llama, config, observer=recorder, deliver=recorder.deliver)
+    engine.start()
+    names = ("a", "b", "c")
+    for name in names:
+        engine.submit(name, make_prompt(4), greedy(400))
+    for name in names:
+        recorder.wait_for_tokens(name)
+    with engine._changed:
+        for block in (0, 1):  # what the first two hold
+            assert engine._allocator.num_holders(block) == 1
+            engine._allocator._num_holders[block] = 0
+    engine.abort("a")
+    reasons = [recorder.reason(name) for name in names]
+    engine._thread.join(TIMEOUT_S)
+    assert reasons == [FinishReason.ABORT, FinishReason.ERROR, FinishReason.ERROR]
+    assert [len([event for event in recorder.events[name] if event.finish_reason]) for name in names] == [1, 1, 1]
+    assert engine.state().has_failed
+    assert "block 0 is freed twice" in caplog.text
+    assert "block 1 is freed twice" in caplog.text
     engine.stop()
 
 

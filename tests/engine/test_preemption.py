@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import pytest
 
 from service.engine.sequence import FinishReason, SamplingParams
@@ -23,6 +26,12 @@ NUM_BLOCKS = 10
 """Two sequences of at most 93 tokens fit, in blocks of 16; to begin with, all five do nearly."""
 
 
+@cache
+def expected(family: str) -> list[list[int]]:
+    """What `generate` gives for each prompt."""
+    return [generate(make_model(family), prompt, MAX_TOKENS) for prompt in PROMPTS]
+
+
 def num_preempted(recorder: Recorder) -> int:
     return sum(step.num_preempted for step in recorder.steps)
 
@@ -34,7 +43,7 @@ def test_sequences_that_are_sent_back_get_the_tokens_of_generate(
     family: str, max_num_batched_tokens: int, *, prefix_cache: bool
 ) -> None:
     model = make_model(family)
-    limits = {"max_num_batched_tokens": max_num_batched_tokens, "prefix_cache": prefix_cache}
+    limits: dict[str, Any] = {"max_num_batched_tokens": max_num_batched_tokens, "prefix_cache": prefix_cache}
     with running(model, kv_memory_bytes=NUM_BLOCKS * BYTES_PER_BLOCK, **limits) as (engine, recorder):
         for i, prompt in enumerate(PROMPTS):
             engine.submit(str(i), prompt, greedy(MAX_TOKENS))
@@ -42,9 +51,8 @@ def test_sequences_that_are_sent_back_get_the_tokens_of_generate(
     assert num_preempted(recorder) > 0
     assert sum(len(step.queue_s) for step in recorder.steps) == len(PROMPTS)
     assert sum(len(step.first_token_s) for step in recorder.steps) == len(PROMPTS)
-    for i, prompt in enumerate(PROMPTS):
-        assert ends[i].finish_reason is FinishReason.LENGTH
-        assert recorder.tokens(str(i)) == generate(model, prompt, MAX_TOKENS)
+    assert {end.finish_reason for end in ends} == {FinishReason.LENGTH}
+    assert [recorder.tokens(str(i)) for i in range(len(PROMPTS))] == expected(family)
 
 
 def test_with_enough_blocks_nobody_is_sent_back() -> None:

@@ -71,6 +71,20 @@ def test_infinite_logits_are_a_fault_also_where_they_are_masked() -> None:
     assert sample(Sampler(), torch.tensor([[math.inf, 0.0, 1.0]]), sequence) == [None]
 
 
+def test_a_step_that_is_computed_twice_samples_the_same_token() -> None:
+    logits = make_logits(300)
+    once, twice = Sampler(), Sampler()
+    expected = run(once, logits, 9, make_sequence("a", seed=3))
+    sequence = make_sequence("a", seed=3)
+    found = []
+    for _ in range(9):
+        first, second = sample(twice, logits, sequence), sample(twice, logits, sequence)
+        assert first == second
+        found += [token for token in first if token is not None]
+        sequence.token_ids.append(found[-1])
+    assert [found] == expected
+
+
 @pytest.mark.parametrize("top_k", [0, 4], ids=["whole-vocabulary", "candidates"])
 def test_tokens_come_as_often_as_their_probability(top_k: int) -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])

@@ -93,6 +93,31 @@ def test_an_abort_during_a_step_discards_its_token_and_frees_its_blocks() -> Non
     assert scheduler.schedule(3.0) is None
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 4], ids=["mid-prefill", "prompt-done", "decoding"])
+def test_the_next_step_has_the_blocks_of_a_sequence_that_was_aborted(num_steps: int) -> None:
+    scheduler = make_scheduler(num_blocks=5, max_num_batched_tokens=8)
+    scheduler.add(make_sequence("a", 12, 8))
+    scheduler.add(make_sequence("b", 12, 8))
+    for _ in range(num_steps):
+        assert [share[0] for share in step(scheduler)] == ["a"], "there is no room for both"
+    scheduler.abort("a", FinishReason.ABORT, 2.0)
+    assert step(scheduler) == [("b", 0, 8)]
+    ends = [event for event in scheduler.take_events() if event.finish_reason is not None]
+    assert [(event.request_id, event.finish_reason) for event in ends] == [("a", FinishReason.ABORT)]
+
+
+def test_an_abort_while_the_last_token_is_computed_makes_one_end() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", max_tokens=1))
+    batch = scheduler.schedule(1.0)
+    assert batch is not None
+    scheduler.abort("a", FinishReason.ABORT, 1.0)
+    scheduler.commit(batch, outcomes_of(batch), 2.0)
+    scheduler.abort("a", FinishReason.TIMEOUT, 3.0)
+    assert scheduler.schedule(4.0) is None
+    assert [event.finish_reason for event in scheduler.take_events()] == [FinishReason.ABORT]
+
+
 def test_a_waiting_sequence_that_is_aborted_has_no_queue_time() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_sequence("a"))
@@ -183,3 +208,30 @@ def test_a_prompt_alone_takes_all_tokens_of_a_step() -> None:
         assert shares(batch) == [(name, 0, 64)]
         scheduler.commit(batch, {}, 9.0)
         scheduler.abort(name, FinishReason.ABORT, 9.0)
+
+
+def test_what_was_never_scheduled_is_queued_and_tells_how_long_the_queue_takes() -> None:
+    scheduler = make_scheduler(num_blocks=3)
+    for submitted_at, name in enumerate("abc"):
+        sequence = make_sequence(name, 4, 9)
+        sequence.submitted_at = float(submitted_at)
+        scheduler.add(sequence)
+    assert scheduler.queue_s(10) == 10
+    step(scheduler, now=10)
+    assert [scheduler.is_queued(name) for name in "abc"] == [False, True, True]
+    assert scheduler.queue_s(10) == 9
+    scheduler.abort("b", FinishReason.TIMEOUT, 10)
+    assert scheduler.queue_s(10) == 8
+    scheduler.abort("c", FinishReason.TIMEOUT, 10)
+    assert scheduler.queue_s(10) == 0
+
+
+def test_a_sequence_that_was_sent_back_is_not_queued() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    for name in "ab":
+        scheduler.add(make_sequence(name, 4, 9))
+    step(scheduler)
+    while scheduler.num_waiting == 0:
+        step(scheduler)
+    assert not scheduler.is_queued("b")
+    assert scheduler.queue_s(10) == 0

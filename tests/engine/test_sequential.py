@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from service.engine.batch import Work
@@ -16,12 +15,12 @@ from service.engine.sequential import CacheRunner
 from service.engine.sizing import kv_memory_bytes
 from service.engine.stats import EnginePath
 from tests.conftest import Gate
-from tests.engine.families import FAMILIES, make_unpackable
+from tests.engine.families import FAMILIES, make_unpackable, make_unpackable_faulty
 from tests.engine.support import TIMEOUT_S, generate, greedy, make_prompt, running, solo
-from tests.models import BLOCK_TOKEN_ID, NAN_TOKEN_ID, RAISE_TOKEN_ID, FaultyConfig, FaultyLlama, build_model
+from tests.models import BLOCK_TOKEN_ID, NAN_TOKEN_ID, RAISE_TOKEN_ID
 
 PROMPTS = [make_prompt(n) for n in (5, 17, 33, 1, 50)]
-MAX_TOKENS = 20
+MAX_TOKENS = 12
 WHOLE_PROMPTS = {"mamba", "llama-dynamic-rope", "phi3-longrope", "recurrent_gemma"}
 GPTJ_TOKEN_BYTES = 2 * 3 * 64 * 4  # K and V, layers, width, float32
 
@@ -140,41 +139,12 @@ def test_a_cache_that_is_not_where_a_work_begins_is_made_again() -> None:
 # Isolation
 
 
-class UnpackableFaulty(FaultyLlama):  # type: ignore[no-untyped-call]
-    """A `FaultyLlama` that says of itself that it takes no attention function."""
-
-    _supports_attention_backend = False
-
-    def forward(  # type: ignore[override] # the keywords by name, so that they are seen
-        self,
-        input_ids: Tensor,
-        *,
-        past_key_values: Any = None,
-        position_ids: Any = None,
-        attention_mask: Any = None,
-        use_cache: Any = None,
-        logits_to_keep: int = 0,
-    ) -> Any:
-        return super().forward(
-            input_ids,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-        )
-
-
 NEIGHBOURS = {f"neighbour{n}": make_prompt(n) for n in (3, 18, 30)}
 
 
 @pytest.fixture(scope="module")
 def faulty() -> PreTrainedModel:
-    packed = build_model("faulty")
-    assert isinstance(packed.config, FaultyConfig)
-    model = UnpackableFaulty(packed.config)
-    model.load_state_dict(packed.state_dict())
-    return model
+    return make_unpackable_faulty()
 
 
 @pytest.mark.parametrize(
