@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from service.access import read_access
+from service.api.access import Access
 from service.api.application import create_application
-from service.api.listener import open_port
+from service.api.listener import max_connections, open_port, raise_file_limit
 from service.api.logs import configure_logging
+from service.api.protocol import ConnectionLimits, EdgeProtocol
 from service.api.state import ServiceState
 from service.api.streams import EventRouter
 from service.errors import PennyweightError
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_HEADER_BYTES = 16384
+_KEEP_ALIVE_S = 75  # longer than clients keep what they do not use, so that none is closed on a new request
 _RESPONSE_GRACE_S = 5  # what a response may still take when its last token is there
 
 
@@ -43,24 +49,26 @@ def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
     """Serve until a signal, or until the load has failed; returns the exit code.
 
     Raises:
-        SettingError: there is no such address, or no token in `--hf-token-file`.
+        SettingError: there is no such address, no token in `--hf-token-file`, or a key that is none.
         PennyweightError: the port is in use.
     """
     configure_logging(settings.log_format)
     if settings.hf_token_file is not None:
         os.environ["HF_TOKEN"] = read_hub_token(settings.hf_token_file)  # where every library looks for it
+    access = read_access(settings, os.environ)
     for variable in ignored_variables:
         logger.info("%s is ignored: Kubernetes makes it for a service of this name", variable)
+    raise_file_limit()
     listener = open_port(settings.host, settings.port)
-    service = asyncio.run(_serve(settings, listener))
+    service = asyncio.run(_serve(settings, access, listener))
     if service.is_loading:
         logging.shutdown()
         os._exit(service.exit_code)  # the load thread is inside a library that cannot be interrupted
     return service.exit_code
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> Service:
-    service = Service(settings, asyncio.get_running_loop())
+async def _serve(settings: Settings, access: Access, listener: socket.socket) -> Service:
+    service = Service(settings, asyncio.get_running_loop(), access=access, owns_process=True)
     await service.serve(listener)
     return service
 
@@ -83,12 +91,19 @@ class _Server(uvicorn.Server):
 class Service:
     """The life of one service: loading, ready, draining or failed. Owned by the event loop.
 
+    Args:
+        owns_process: nothing else runs in this process, so that settings of the interpreter may be its own.
+
     Attributes:
         exit_code: what the process ends with.
     """
 
-    def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, settings: Settings, loop: asyncio.AbstractEventLoop, *, access: Access, owns_process: bool = False
+    ) -> None:
         self._settings = settings
+        self._owns_process = owns_process
+        self._access = access
         self._loop = loop
         scheme = parse_recipe(settings.quantize).label
         shows_bars = settings.log_format == "text" and sys.stderr.isatty()
@@ -102,6 +117,9 @@ class Service:
             metrics=metrics,
             router=EventRouter(loop),
             progress=progress,
+            queue_timeout_s=settings.queue_timeout,
+            request_timeout_s=settings.request_timeout,
+            log_prompts=settings.log_prompts,
         )
         self.exit_code = 0
         self._server: _Server | None = None
@@ -117,12 +135,24 @@ class Service:
 
     async def serve(self, listener: socket.socket) -> None:
         """Answer on an open port until a signal, or until the load has failed."""
+        limits = ConnectionLimits(
+            receive_timeout_s=self._settings.receive_timeout,
+            send_timeout_s=self._settings.send_timeout,
+            max_connections=max_connections(),
+        )
         config = uvicorn.Config(
-            create_application(self.state, max_body_bytes=self._settings.max_body_bytes),
-            http="h11",
+            create_application(
+                self.state,
+                max_body_bytes=self._settings.max_body_bytes,
+                access=self._access,
+                with_docs=self._settings.docs == "on",
+                twin=self._settings.twin,
+            ),
+            http=cast("type[asyncio.Protocol]", partial(EdgeProtocol, limits=limits, metrics=self.state.metrics)),
             ws="none",
             lifespan="off",
             h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_RESPONSE_GRACE_S,
             log_config=None,
             access_log=False,
@@ -136,8 +166,10 @@ class Service:
         await self._server.serve(sockets=[listener])
         if self._engine is not None:
             self._engine.stop()
-        if self.state.served is not None and self.state.served.chat_template is not None:
-            self.state.served.chat_template.close()
+        if self.state.served is not None:
+            for helper in (self.state.served.chat_template, self.state.served.grammars):
+                if helper is not None:
+                    helper.close()
 
     def start_loading(self) -> None:
         """Begin the load on its own thread."""
@@ -160,7 +192,9 @@ class Service:
         logger.info("draining: running requests have %g s", self._settings.drain_timeout)
         self.state.progress.enter(Phase.DRAINING)
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.drain, self._settings.drain_timeout)
+            # A thread of its own: those of `to_thread` may have a queue of prompts to tokenize.
+            with ThreadPoolExecutor(1) as thread:
+                await self._loop.run_in_executor(thread, self._engine.drain, self._settings.drain_timeout)
         self._end()
 
     def _end(self) -> None:
@@ -173,6 +207,11 @@ class Service:
             from service.assembly import load
 
             loaded = load(self._settings, self.state)
+            if self._owns_process:
+                # Hundreds of thousands of objects stay from now on; walking all of them for garbage once in a
+                # while would stop every thread for tenths of a second.
+                gc.collect()
+                gc.freeze()
         except Exception as error:
             if isinstance(error, PennyweightError):
                 logger.error("the model cannot be served: %s", error)

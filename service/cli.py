@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from service import __version__
+from service.access import read_access
 from service.app import run
 from service.commands import bench_kernels, doctor
 from service.errors import PennyweightError, SettingError
 from service.invocation import COMMANDS, Invocation, read_invocation, read_kernel_bench
-from service.settings import as_toml, read_hub_token
+from service.settings import Settings, as_toml, read_hub_token
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,23 @@ def _doctor(words: list[str]) -> int:
         invocation = read_invocation(words, {}, "doctor")
         errors.append(str(error))
     settings = None if errors else invocation.settings
-    if settings is not None and settings.hf_token_file is not None:
+    if settings is not None:
         try:
-            read_hub_token(settings.hf_token_file)
+            _check_secrets(settings)
         except SettingError as error:
             errors.append(str(error))
     return doctor(settings, errors, as_json=invocation.as_json)
+
+
+def _check_secrets(settings: Settings) -> None:
+    """Read the files and variables that hold secrets, as a service would.
+
+    Raises:
+        SettingError: one of them is wrong.
+    """
+    if settings.hf_token_file is not None:
+        read_hub_token(settings.hf_token_file)
+    read_access(settings, os.environ)
 
 
 def _bench(words: list[str]) -> int:

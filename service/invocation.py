@@ -19,7 +19,7 @@ from service.errors import RecipeError, SettingError
 from service.numerics.recipe import parse_recipe
 from service.reports import bench_options
 from service.reports.bench_options import KernelBench
-from service.settings import LATER_SETTINGS, Settings, Size
+from service.settings import LATER_SETTINGS, SECRETS, Settings, Size
 
 ENVIRONMENT_PREFIX = "PENNYWEIGHT_"
 COMMANDS = {
@@ -178,6 +178,9 @@ def variable_of(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
+_OTHER_VARIABLES = frozenset(map(variable_of, (_CONFIG, *SECRETS)))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         message = message.removeprefix("argument ")
@@ -225,7 +228,7 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], t
     variables: dict[str, str | None] = {}
     ignored: list[str] = []
     for variable, value in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == variable_of(_CONFIG):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES:
             continue
         if _KUBERNETES_LINK.fullmatch(variable) or _KUBERNETES_LINK.fullmatch(f"{variable}={value}"):
             ignored.append(variable)

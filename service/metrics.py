@@ -24,7 +24,10 @@ from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 
 PREFIX = "pennyweight"
-REJECT_REASONS = ("queue_full", "loading", "draining", "failed", "unavailable")
+REJECT_REASONS = (
+    *("queue_full", "rate_limit", "concurrency_limit", "connection_limit"),
+    *("loading", "draining", "failed", "unavailable"),
+)
 
 # Sources: OpenTelemetry's semantic conventions for generative AI (May 2026), with finer steps below 10 ms
 # for small models and coarser ones above 10 s for large models on CPUs.

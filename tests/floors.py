@@ -51,14 +51,15 @@ FLOORS = [
     Floor({"engine"}, {"torch"}, {}),
     Floor({"metrics", "api", "reports"}, HTTP, {"api": {"metrics"}, "reports": {"api"}}),
     Floor(
-        {"settings", "invocation", "demo", "assembly", "app", "commands", "cli", "__main__"},
+        {"settings", "access", "invocation", "demo", "assembly", "app", "commands", "cli", "__main__"},
         None,
         {
             "invocation": {"settings"},
+            "access": {"settings"},
             "assembly": {"settings", "demo"},
-            "app": {"settings", "assembly"},
+            "app": {"settings", "access", "assembly"},
             "commands": {"settings"},
-            "cli": {"settings", "invocation", "demo", "app", "commands"},
+            "cli": {"settings", "access", "invocation", "demo", "app", "commands"},
             "__main__": {"cli"},
         },
     ),
@@ -66,7 +67,10 @@ FLOORS = [
 EXTRA_PACKAGES = {
     "service.engine.attention": {"transformers"},  # the attention interface
     "service.engine.sequential": {"transformers"},  # its cache object
+    "service.api.protocol": {"uvicorn", "h11"},  # the connections of the server
     "service.api.text": {"transformers", "tokenizers"},  # the only user of the tokenizer
+    "service.api.limits": {"limits"},
+    "service.api.matchers": {"llguidance"},
     "service.api.template_worker": {"transformers", "jinja2"},  # a process of its own
     "service.reports.progress": {"rich"},
     "service.reports.doctor": {"rich", "torch", "huggingface_hub"},

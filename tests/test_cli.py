@@ -69,9 +69,14 @@ def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
         (["bench", "kernels", "--rows", "x"], "--rows x: 'x' must be a whole number"),
         (["serve", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
         (["serve", "--quantize", "w9a16"], "--quantize: .*w9a16"),
-        (["serve", "--kv-cache", "int8"], "--kv-cache: not part of version"),
+        (["serve", "--cache-limit", "5"], "--cache-limit: not part of version"),
+        (["serve", "--twin", "5"], "--twin 5: must be an origin such as http://127.0.0.1:8001"),
         (["serve", "--json"], "--json: serve prints nothing but its settings; give --print-config"),
         (["serve", "--hf-token-file", "/nowhere"], "--hf-token-file /nowhere: cannot be read"),
+        (["serve", "--api-keys-file", "/nowhere"], "--api-keys-file /nowhere: cannot be read"),
+        (["serve", "--metrics-key-file", "/"], "--metrics-key-file /: cannot be read"),
+        (["serve", "--rate-limit", "often"], "--rate-limit often: must be rates of 1 to 100000 requests"),
+        (["serve", "--cors-origin", "*"], r"--cors-origin \*: without API keys every web page"),
         (["doctor", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
         (["doctor", "--print-config"], "--print-config: no setting of version"),
         (["serve", "--host", "nowhere.invalid"], "--host nowhere.invalid: no such address"),
@@ -107,6 +112,8 @@ def test_no_secret_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PENNYWEIGHT_API_KEYS", "alice:hf_secret-0123456789")
+    monkeypatch.setenv("PENNYWEIGHT_METRICS_KEY", "hf_secret-metrics")
     path = tmp_path / "token"
     path.write_text("hf_secret", encoding="utf-8")
     assert main(["serve", "--hf-token-file", str(path), "--print-config"]) == 0
@@ -114,6 +121,18 @@ def test_no_secret_is_printed(
     printed = capsys.readouterr()
     assert str(path) in printed.out
     assert "hf_secret" not in printed.out + printed.err
+
+
+def test_a_weak_key_in_the_environment_is_2_and_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENNYWEIGHT_API_KEYS", "hunter2")
+    assert main(["serve"]) == 2
+    assert main(["doctor", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert "PENNYWEIGHT_API_KEYS: key 1: 7 characters; it must have 16 to 256" in printed.err
+    assert "PENNYWEIGHT_API_KEYS: key 1: 7 characters" in printed.out
+    assert "hunter2" not in printed.out + printed.err
 
 
 def test_a_port_in_use_is_1_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

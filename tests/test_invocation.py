@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import RecipeError, SettingError
 from service.invocation import Invocation, flag_of, read_invocation, variable_of
-from service.settings import LATER_SETTINGS, Settings
+from service.settings import LATER_SETTINGS, SECRETS, Settings
 
 NUMBERS = ["port", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "max_queue"]
 NUMBERS += ["drain_timeout", "max_body_bytes", "failed_linger", "threads"]
@@ -20,7 +20,14 @@ SPECIAL_VALUES = {
     "device": "cpu",
     "dtype": "float32",
     "log_format": "json",
+    "kv_cache": "int8",
     "prefix_cache": "off",
+    "rate_limit": "60/minute",
+    "cors_origin": "http://localhost:3000",
+    "twin": "http://localhost:3000",
+    "docs": "on",
+    "log_prompts": "true",
+    "deterministic": "true",
     "trust_remote_code": "true",
 }
 
@@ -150,13 +157,27 @@ def test_an_unknown_variable_is_told_with_the_nearest_name() -> None:
         _read(PENNYWEIGHT_PROT="5")
 
 
-@pytest.mark.parametrize("variable", ["PENNYWEIGHT_API_KEYS", "PENNYWEIGHT_HF_TOKEN", "PENNYWEIGHT_PASSWORD"])
+@pytest.mark.parametrize("variable", ["PENNYWEIGHT_API_KEY", "PENNYWEIGHT_HF_TOKEN", "PENNYWEIGHT_PASSWORD"])
 def test_no_secret_gets_into_a_message(variable: str) -> None:
     with pytest.raises(SettingError, match=variable) as caught:
         _read(**{variable: "hunter2"})
     assert "hunter2" not in str(caught.value)
     with pytest.raises(SettingError, match="--") as caught:
         _read(f"{flag_of(variable.removeprefix('PENNYWEIGHT_').lower())}=hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(SECRETS))
+def test_a_secret_has_a_variable_and_no_flag_and_no_place_in_a_file(name: str, tmp_path: Path) -> None:
+    invocation = read_invocation([], {variable_of(name): "hunter2"})
+    assert invocation.settings == Settings()
+    assert "hunter2" not in repr(invocation)
+    remedy = f"did you mean {flag_of(name)}-file"
+    with pytest.raises(SettingError, match=f"^{flag_of(name)}: no setting of .*; {remedy}") as caught:
+        _read(flag_of(name), "hunter2")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(SettingError, match=f"{name}: no setting of .*; did you mean {name}_file") as caught:
+        _read("--config", _file(tmp_path, f'{name} = "hunter2"'))
     assert "hunter2" not in str(caught.value)
 
 

@@ -32,6 +32,7 @@ REPORT = LoadReport(
     dtype="bfloat16",
     device="cpu",
     kernel="torch",
+    weight_hash="0" * 64,
     revision="local",
     weight_bytes=WeightBytes(codes=100, scales=40, unquantized=60),
     original_bytes=400,

@@ -23,12 +23,11 @@ from tests.floors import ROOT, read_modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIREMENTS = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
+EXTRAS = {Requirement(each).name for each in PROJECT["optional-dependencies"]["grammar"]}
 PARTS = {"starlette": "fastapi", "pydantic_core": "pydantic"}
 """Packages that come with another one and change with it."""
 NATIVE = ROOT / "service" / "kernels" / "native"
 KERNELS = "service/kernels/libpennyweight_kernels.so"
-NAMED_IN_SETTINGS = {"h11"}
-"""uvicorn imports it when told its name."""
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +54,17 @@ def imported_packages() -> set[str]:
 
 
 def test_every_imported_package_is_declared() -> None:
-    assert imported_packages() <= {name.replace("-", "_") for name in REQUIREMENTS}
+    assert imported_packages() <= {name.replace("-", "_") for name in REQUIREMENTS} | EXTRAS
 
 
 def test_every_declared_package_is_imported() -> None:
-    assert {name.replace("-", "_") for name in REQUIREMENTS} - imported_packages() == NAMED_IN_SETTINGS
+    assert {name.replace("-", "_") for name in REQUIREMENTS} <= imported_packages()
+
+
+def test_every_extra_of_the_service_is_imported_and_tested_with() -> None:
+    extra, tested = (PROJECT["optional-dependencies"][name] for name in ("grammar", "test"))
+    assert imported_packages() >= EXTRAS
+    assert set(extra) <= set(tested)
 
 
 def test_torch_is_pinned_and_every_other_dependency_has_an_upper_bound() -> None:

@@ -7,29 +7,42 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Security
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from service import __version__
+from service.api.access import Access, GuardedRoute
+from service.api.answers import Alive, Build, ModelCard, ModelList, Readiness
 from service.api.errors import error_body, error_headers, error_response
-from service.api.state import STALL_LIMIT_S, ServiceState
+from service.api.openapi import SECURITY_SCHEMES, Responses, errors, guarded
+from service.api.state import ServiceState
 from service.errors import Unavailable
 from service.loading.progress import Phase
 
 
 def admin_router(state: ServiceState) -> APIRouter:
-    """All routes that generate nothing."""
-    router = APIRouter()
+    """What clients ask about the model."""
+    router = APIRouter(route_class=GuardedRoute)
     _add_model_routes(router, state)
+    return router
+
+
+def probe_router(state: ServiceState, access: Access) -> APIRouter:
+    """What machines and operators ask, without a key of a client."""
+    router = APIRouter()
     _add_probe_routes(router, state)
 
-    @router.get("/metrics", response_model=None)
-    async def metrics() -> Response:
+    schemes = [Security(scheme) for scheme in SECURITY_SCHEMES] if access.metrics_key else []
+
+    @router.get("/metrics", response_class=PlainTextResponse, dependencies=schemes, responses=errors(401, 421))
+    async def metrics(request: Request) -> Response:
         """Prometheus text."""
+        access.check_host(request.headers)
+        access.metrics_key.identify(request.headers)
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/version")
+    @router.get("/version", response_model=None, responses={200: {"model": Build}})
     async def build() -> dict[str, str]:
         """Version and build."""
         return {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
@@ -38,43 +51,51 @@ def admin_router(state: ServiceState) -> APIRouter:
 
 
 def _add_model_routes(router: APIRouter, state: ServiceState) -> None:
-    @router.get("/v1/models")
+    @router.get("/v1/models", response_model=None, responses=guarded(ModelList))
     async def list_models() -> dict[str, Any]:
         """The one model, also while it loads."""
         return {"object": "list", "data": [_model(state)]}
 
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models/{model_id:path}", response_model=None, responses=guarded(ModelCard, 404))
     async def get_model(model_id: str) -> dict[str, Any]:
         """The model, by its name."""
         state.check_model(model_id)
         return _model(state)
 
-    @router.get("/v1/quantization")
+    @router.get("/v1/quantization", responses=guarded(None))
     async def get_quantization() -> dict[str, Any]:
         """The load report."""
         if state.served is None:
             raise Unavailable("there is no load report before the model is loaded; retry later", code=str(state.phase))
         report = state.served.report
         weight_bytes = asdict(report.weight_bytes) | {"total": report.weight_bytes.total}
-        derived = {"saving_ratio": report.saving_ratio, "bits_per_parameter": report.bits_per_parameter}
+        derived = {
+            "saving_ratio": report.saving_ratio,
+            "bits_per_parameter": report.bits_per_parameter,
+            "system_fingerprint": report.fingerprint,
+        }
         return {"model": state.model_name} | asdict(report) | {"weight_bytes": weight_bytes} | derived
 
 
 def _add_probe_routes(router: APIRouter, state: ServiceState) -> None:
-    @router.get("/livez", response_model=None)
+    @router.get("/livez", response_model=None, responses=errors(503) | {200: {"model": Alive}})
     async def livez() -> Response:
         """200 while the process makes progress, also while it loads and drains."""
         if state.served is not None and state.phase is Phase.FAILED:
             return error_response(state.not_ready())
-        if state.is_stalled():
+        limit_s = state.passed_limit_s()
+        if limit_s is not None:
             error = Unavailable(
-                f"requests are open and no step was finished for {STALL_LIMIT_S:.0f} s; restart the service",
+                f"requests are open and no step was finished for {limit_s:.3g} s, longer than this model's steps take; "
+                "restart the service",
                 code="stalled",
             )
             return error_response(error)
         return JSONResponse({"status": "ok"})
 
-    @router.get("/readyz", response_model=None)
+    phases: Responses = {status: {"model": Readiness} for status in (200, 503)}
+
+    @router.get("/readyz", response_model=None, responses=phases)
     async def readyz() -> Response:
         """200 if it can serve, else 503 and how far it has come."""
         progress = state.progress.snapshot()

@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import FastAPI
+from fastapi import Security
 from starlette.types import ASGIApp
 
 from service import __version__
-from service.api.admin import admin_router
+from service.api.access import Access
+from service.api.admin import admin_router, probe_router
 from service.api.chat import chat_router
 from service.api.completions import completions_router
+from service.api.cors import CorsMiddleware
+from service.api.docs import docs_router
 from service.api.errors import install_error_handlers
 from service.api.generate import generate_router
 from service.api.middleware import RequestMiddleware
-from service.api.schemas import ErrorEnvelope
+from service.api.openapi import SECURITY_SCHEMES, DocumentedApp
+from service.api.page import page_router
 from service.api.state import ServiceState
 from service.api.tokenization import tokenization_router
+from service.loading.progress import Phase
+
+_GUARDED = (completions_router, chat_router, generate_router, tokenization_router, admin_router)
 
 
-def create_application(state: ServiceState, *, max_body_bytes: int) -> ASGIApp:
-    """Build the ASGI application; it answers at once, whatever `state` has to offer yet."""
-    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorEnvelope, "description": "Any error"}}
-    app = FastAPI(title="Pennyweight", version=__version__, docs_url=None, redoc_url=None, responses=errors)
+def create_application(
+    state: ServiceState,
+    *,
+    max_body_bytes: int,
+    access: Access | None = None,
+    with_docs: bool = False,
+    twin: str | None = None,
+) -> ASGIApp:
+    """Build the ASGI application; it answers at once, whatever `state` has to offer yet.
+
+    Without `access` everybody may use every route. The page compares with the service of the origin `twin`.
+    """
+    access = access or Access()
+    app = DocumentedApp(title="Pennyweight", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.access, app.state.metrics = access, state.metrics
     install_error_handlers(app)
-    for make_router in (completions_router, chat_router, generate_router, tokenization_router, admin_router):
-        app.include_router(make_router(state))
-    return RequestMiddleware(app, metrics=state.metrics, max_body_bytes=max_body_bytes)
+    schemes = [Security(scheme) for scheme in SECURITY_SCHEMES] if access.keys else []
+    for make_router in _GUARDED:
+        app.include_router(make_router(state), dependencies=schemes)
+    app.include_router(probe_router(state, access))
+    app.include_router(page_router(twin))
+    if with_docs:
+        app.include_router(docs_router())
+    inner: ASGIApp = CorsMiddleware(app, origins=access.cors_origins) if access.cors_origins else app
+    return RequestMiddleware(
+        inner,
+        metrics=state.metrics,
+        max_body_bytes=max_body_bytes,
+        is_closing=lambda: state.progress.phase is Phase.DRAINING,
+    )

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from service.api.access import GuardedRoute
+from service.api.answers import ChatCompletion, ChatCompletionChunk
 from service.api.chat_schemas import ChatRequest, Message
+from service.api.choices import Delta, Result
 from service.api.chunks import ChunkWriter, head_of_answer, usage_of
 from service.api.event_stream import open_stream
-from service.api.generation import Delta, Generation
+from service.api.generation import Generation
+from service.api.openapi import worked
+from service.api.rendering import long_response
 from service.api.state import ServedModel, ServiceState
 from service.errors import InvalidRequest
 
 
 def chat_router(state: ServiceState) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = APIRouter(route_class=GuardedRoute)
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post(
+        "/v1/chat/completions", response_model=None, responses=worked(ChatCompletion, chunk=ChatCompletionChunk)
+    )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a chat, as the model's template writes it; by default to the end of the context."""
         served = state.require_served(body.model)
@@ -30,22 +38,28 @@ def chat_router(state: ServiceState) -> APIRouter:
             await generation.start([prompt_ids], body, param="messages", default_max_tokens=None)
             generation.watch(request)
             if body.stream:
-                head = head_of_answer("chatcmpl", "chat.completion.chunk", state.model_name)
+                head = head_of_answer("chatcmpl", "chat.completion.chunk", state, served)
                 writer = _ChatChunks(head, generation, body)
                 return await open_stream(generation, render=writer.render, last_event=writer.last_event)
-            choices = [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": result.text, "refusal": None},
-                    "logprobs": generation.logprobs.chat(result.scores) if body.logprobs else None,
-                    "finish_reason": result.finish_reason,
-                }
-                for index, result in enumerate(await generation.results())
-            ]
-            head = head_of_answer("chatcmpl", "chat.completion", state.model_name)
-            return JSONResponse(head | {"choices": choices, "usage": usage_of(generation)})
+            results = await generation.results()
+            head = head_of_answer("chatcmpl", "chat.completion", state, served)
+            make = partial(_answer, head, generation, body, results)
+            return await long_response(make) if generation.is_long else JSONResponse(make())
 
     return router
+
+
+def _answer(head: dict[str, Any], generation: Generation, body: ChatRequest, results: list[Result]) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "logprobs": generation.logprobs.chat(result.scores) if body.logprobs else None,
+            "finish_reason": result.finish_reason,
+        }
+        for index, result in enumerate(results)
+    ]
+    return head | {"choices": choices, "usage": usage_of(generation)}
 
 
 async def encode_chat(served: ServedModel, messages: Sequence[Message]) -> list[int]:
@@ -82,7 +96,7 @@ class _ChatChunks(ChunkWriter):
 
     def events(self, delta: Delta) -> str:
         content = f'"delta": {{"content": {json.dumps(delta.text)}}}'
-        logprobs = json.dumps(self._generation.logprobs.chat(delta.scores) if delta.scores else None)
+        logprobs = json.dumps(self._generation.logprobs.chat(delta.scores)) if delta.scores else "null"
         text = self.event(delta.index, content, None, logprobs=logprobs) if delta.text or delta.scores else ""
         end = self.event(delta.index, '"delta": {}', delta.finish_reason) if delta.finish_reason else ""
         return text + end

@@ -4,39 +4,59 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from service.api.request_model import RequestModel
 from service.api.schemas import (
+    MAX_PROMPT_CHARACTERS,
     LogprobFields,
     Name,
+    Only,
     OnlyNull,
     OpenAIFields,
     StrictBool,
     Text,
     TokenCount,
     TokenIds,
-    check_text,
-    only,
+    check_characters,
 )
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 256
 
-OnlyEmptyList = Annotated[Any, AfterValidator(only([]))]
+OnlyEmptyList = Annotated[Any, Only([])]
+
+
+ContentText = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+
+
+class TextPart(BaseModel):
+    """A part of a content, for the schema that is shown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: ContentText
+
+
+TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
 
 
 def _check_content(value: object) -> str:
     """Text, or text parts, which newlines join."""
     if isinstance(value, str):
-        return check_text(value)
+        check_characters(len(value))
+        return value
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PARTS or not all(map(_is_text_part, value)):
         raise PydanticCustomError(
             "content",
             f'must be a string or a list of 1 to {MAX_PARTS} parts {{"type": "text", "text": "..."}} and no others: '
             "this version reads text only",
         )
-    return "\n".join(check_text(part["text"]) for part in value)
+    text = "\n".join(part["text"] for part in value)
+    check_characters(len(text))
+    return text
 
 
 def _is_text_part(part: object) -> bool:
@@ -45,13 +65,11 @@ def _is_text_part(part: object) -> bool:
     return part["type"] == "text" and isinstance(part["text"], str)
 
 
-class Message(BaseModel):
+class Message(RequestModel):
     """One turn of a chat. What servers send with an assistant's message may come back, as far as it is empty."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_check_content, json_schema_input_type=str | list[dict[str, str]])]
+    content: Annotated[str, PlainValidator(_check_content, json_schema_input_type=ContentText | TextParts)]
     name: Name | None = None
 
     refusal: OnlyNull = None
@@ -65,7 +83,7 @@ class Message(BaseModel):
         return self.model_dump(include={"role", "content", "name"}, exclude_none=True)
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatRequest(LogprobFields, OpenAIFields):
@@ -74,14 +92,13 @@ class ChatRequest(LogprobFields, OpenAIFields):
     messages: Messages
     max_completion_tokens: TokenCount | None = None
 
-    response_format: Annotated[Any, AfterValidator(only({"type": "text"}))] = None
-    modalities: Annotated[Any, AfterValidator(only(["text"]))] = None
+    modalities: Annotated[Any, Only(["text"])] = None
     tools: OnlyEmptyList = None
-    tool_choice: Annotated[Any, AfterValidator(only("none", "auto"))] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
     functions: OnlyEmptyList = None
-    function_call: Annotated[Any, AfterValidator(only("none", "auto"))] = None
-    reasoning_effort: Annotated[Any, AfterValidator(only("none"))] = None
-    verbosity: Annotated[Any, AfterValidator(only("medium"))] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    reasoning_effort: Annotated[Any, Only("none")] = None
+    verbosity: Annotated[Any, Only("medium")] = None
     audio: OnlyNull = None
     moderation: OnlyNull = None
     prediction: OnlyNull = None
@@ -105,10 +122,8 @@ class ChatRequest(LogprobFields, OpenAIFields):
         return "max_completion_tokens", self.max_completion_tokens
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(RequestModel):
     """`POST /tokenize`: exactly one of `prompt` and `messages`."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: Name | None = None
     prompt: Text | None = None
@@ -117,10 +132,8 @@ class TokenizeRequest(BaseModel):
     return_token_strs: StrictBool | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(RequestModel):
     """`POST /detokenize`."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: Name | None = None
     tokens: TokenIds

@@ -8,13 +8,21 @@ import uuid
 from abc import ABC, abstractmethod
 from typing import Any
 
-from service.api.generation import Delta, Generation
+from service.api.choices import Delta
+from service.api.generation import Generation
 from service.api.schemas import OpenAIFields
+from service.api.state import ServedModel, ServiceState
 
 
-def head_of_answer(id_prefix: str, kind: str, model_name: str) -> dict[str, Any]:
+def head_of_answer(id_prefix: str, kind: str, state: ServiceState, served: ServedModel) -> dict[str, Any]:
     """Fields that an answer, or each chunk of a stream, begins with."""
-    return {"id": f"{id_prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model_name}
+    return {
+        "id": f"{id_prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": state.model_name,
+        "system_fingerprint": served.report.fingerprint,
+    }
 
 
 def usage_of(generation: Generation) -> dict[str, int]:

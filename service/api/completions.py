@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from service.api.access import GuardedRoute
+from service.api.answers import Completion, CompletionChunk
+from service.api.choices import Delta, Result
 from service.api.chunks import ChunkWriter, head_of_answer, usage_of
 from service.api.event_stream import open_stream
-from service.api.generation import Delta, Generation
+from service.api.generation import Generation
+from service.api.openapi import worked
+from service.api.rendering import long_response
 from service.api.schemas import CompletionRequest
 from service.api.state import ServiceState
 
@@ -18,35 +25,47 @@ _DEFAULT_MAX_TOKENS = 16
 
 def completions_router(state: ServiceState) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = APIRouter(route_class=GuardedRoute)
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", response_model=None, responses=worked(Completion, chunk=CompletionChunk))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
-        with Generation(state, state.require_served(body.model)) as generation:
-            head = head_of_answer("cmpl", "text_completion", state.model_name)
+        served = state.require_served(body.model)
+        with Generation(state, served) as generation:
+            head = head_of_answer("cmpl", "text_completion", state, served)
             await generation.start(body.prompt, body, param="prompt", default_max_tokens=_DEFAULT_MAX_TOKENS)
             generation.watch(request)
             if body.stream:
                 writer = _CompletionChunks(head, generation, body)
                 return await open_stream(generation, render=writer.render, last_event=writer.last_event)
-            choices = [
-                {
-                    "index": index,
-                    "text": result.text,
-                    "logprobs": None if body.logprobs is None else generation.logprobs.completion(result.scores),
-                    "finish_reason": result.finish_reason,
-                }
-                for index, result in enumerate(await generation.results())
-            ]
-            return JSONResponse(head | {"choices": choices, "usage": usage_of(generation)})
+            results = await generation.results()
+            make = partial(_answer, head, generation, body, results)
+            return await long_response(make) if generation.is_long else JSONResponse(make())
 
     return router
 
 
+def _answer(
+    head: dict[str, Any], generation: Generation, body: CompletionRequest, results: list[Result]
+) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "text": result.prompt_text + result.text,
+            "logprobs": None
+            if body.logprobs is None
+            else generation.logprobs.completion(result.prompt_scores + result.scores),
+            "finish_reason": result.finish_reason,
+        }
+        for index, result in enumerate(results)
+    ]
+    return head | {"choices": choices, "usage": usage_of(generation)}
+
+
 class _CompletionChunks(ChunkWriter):
     def events(self, delta: Delta) -> str:
-        if not delta.text and delta.finish_reason is None:
+        text, scores = delta.prompt_text + delta.text, delta.prompt_scores + delta.scores
+        if not text and not scores and delta.finish_reason is None:
             return ""
-        logprobs = json.dumps(self._generation.logprobs.completion(delta.scores) if delta.scores else None)
-        return self.event(delta.index, f'"text": {json.dumps(delta.text)}', delta.finish_reason, logprobs=logprobs)
+        logprobs = json.dumps(self._generation.logprobs.completion(scores)) if scores else "null"
+        return self.event(delta.index, f'"text": {json.dumps(text)}', delta.finish_reason, logprobs=logprobs)

@@ -11,30 +11,45 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from service.errors import BodyTooLarge, EngineFailure, InvalidRequest, MethodNotAllowed, NotFound, RequestError
+from service.errors import (
+    BodyTooLarge,
+    EngineFailure,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    Unauthorized,
+)
 
 _MAX_ERRORS = 8
 _MAX_FIELD_CHARACTERS = 64
 _MAX_MESSAGE_CHARACTERS = 200
+_MAX_VALUE_CHARACTERS = 100
+_TEXT_FIELDS = frozenset({"prompt", "prompts", "messages", "content", "text", "stop", "suffix", "name"})
+"""What stands there is somebody's text, and is not repeated."""
 _CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field", "not_supported": "not_supported"}
 _MESSAGES = {
     "extra_forbidden": "unknown field; remove it",
     "missing": "is missing; send it",
-    "string_unicode": "holds a lone surrogate, which is no character; remove it",
 }
 _SUBJECT = re.compile(r"^(Input|String|Value|List) should")
 _CLIENT_GONE_STATUS = 499
+
+
+RECEIPT_ERROR = "receipt_error"
+"""Key of an ASGI scope's `state`: the `RequestError` for which the server reads no more of a request."""
 
 
 class ClientDisconnected(Exception):
     """The client has closed its connection; nobody reads an answer."""
 
 
-class BodyLimitExceeded(HTTPException):
-    """A body without a stated length passed the limit; the framework lets an HTTPException through its parser."""
+class BodyRefused(HTTPException):
+    """A body is not to be read to its end; the framework lets an HTTPException through its parser."""
 
-    def __init__(self, error: BodyTooLarge) -> None:
+    def __init__(self, error: RequestError) -> None:
         super().__init__(error.status)
         self.error = error
 
@@ -56,6 +71,8 @@ def error_headers(error: RequestError) -> dict[str, str]:
         headers["Retry-After"] = str(error.retry_after_s)
     elif error.status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.status == HTTPStatus.REQUEST_TIMEOUT:
         headers["x-should-retry"] = "false"
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="pennyweight"'
     if isinstance(error, BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body is not read
     return headers
@@ -77,14 +94,14 @@ def internal_error() -> EngineFailure:
 
 
 def validation_error(errors: Sequence[Any]) -> InvalidRequest:
-    """What a client is told about a body that does not fit its schema; its values are not repeated."""
+    """What a client is told about a body that does not fit its schema: field, value and rule."""
     if errors[0]["type"] == "json_invalid":
         reason = str(errors[0].get("ctx", {}).get("error", "no JSON"))[:_MAX_MESSAGE_CHARACTERS]
         return InvalidRequest(f"the body is not valid JSON: {reason}; correct it", code="invalid_json")
     lines = []
     for error in errors[:_MAX_ERRORS]:
         message = _MESSAGES.get(error["type"]) or _SUBJECT.sub("must", error["msg"])[:_MAX_MESSAGE_CHARACTERS]
-        lines.append(f"{_field(error) or 'the body'}: {message}")
+        lines.append(f"{_field(error) or 'the body'}: {_value(error, message)}{message}")
     code = _CODES.get(errors[0]["type"], "invalid_value")
     return InvalidRequest("; ".join(lines), param=_field(errors[0]) or None, code=code)
 
@@ -114,6 +131,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, ClientDisconnect):  # in the middle of its body
+            return Response(status_code=_CLIENT_GONE_STATUS)
         return error_response(_from_http(request, error), error.headers)
 
     @app.exception_handler(ClientDisconnected)
@@ -127,10 +146,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _from_http(request: Request, error: HTTPException) -> RequestError:
     """An error that the web framework raised."""
-    if isinstance(error, BodyLimitExceeded):
+    if isinstance(error, BodyRefused):
         return error.error
     if error.status_code == HTTPStatus.NOT_FOUND:
-        path = request.url.path[:_MAX_FIELD_CHARACTERS]
+        path = request.scope["path"][:_MAX_FIELD_CHARACTERS]  # not of the URL, which a Host header can bend
         return NotFound(f"{path}: no such route; GET /openapi.json lists them", code="unknown_route")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
@@ -145,3 +164,17 @@ def _from_http(request: Request, error: HTTPException) -> RequestError:
 def _field(error: Mapping[str, Any]) -> str:
     """Dotted name of a field; cut, as a client chose it."""
     return ".".join(str(part) for part in error["loc"][1:])[:_MAX_FIELD_CHARACTERS]
+
+
+def _value(error: Mapping[str, Any], message: str) -> str:
+    """The value at fault, where its rule reads on from it; short, and no text that a client wrote for the model."""
+    if not _field(error) or not message.startswith(("must", "is not supported")):
+        return ""
+    value = error["input"]
+    if isinstance(value, (list, dict)):
+        kind = "a list" if isinstance(value, list) else "an object"
+        return f"{kind} of {len(value)} "
+    if isinstance(value, str) and (len(value) > _MAX_VALUE_CHARACTERS or _TEXT_FIELDS.intersection(error["loc"][-1:])):
+        return f"a text of {len(value)} characters "
+    text = json.dumps(value)
+    return f"{text} " if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[:_MAX_VALUE_CHARACTERS]}... "

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.api.choices import Delta
 from service.api.errors import ClientDisconnected, error_bytes, internal_error
-from service.api.generation import Delta, Generation
+from service.api.generation import Generation
 from service.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
 _DONE = b"data: [DONE]\n\n"
+_MOST_SCORES_AT_ONCE = 32
+"""Log-probabilities of so many tokens are written on the event loop, in 1 ms at most; more on a thread."""
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -66,11 +70,16 @@ class EventStream(Response):
             self._generation.close()
 
     async def _write(self, send: Send) -> None:
-        if chunk := self._render(self._first):
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._write_events(self._first, send)
         async for deltas in self._deltas:
-            if chunk := self._render(deltas):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._write_events(deltas, send)
+
+    async def _write_events(self, deltas: list[Delta], send: Send) -> None:
+        num_scores = sum(len(delta.prompt_scores) + len(delta.scores) for delta in deltas)
+        is_long = num_scores > _MOST_SCORES_AT_ONCE
+        chunk = await asyncio.to_thread(self._render, deltas) if is_long else self._render(deltas)
+        if chunk:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
 
 async def open_stream(

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from service.api.access import GuardedRoute
+from service.api.answers import Generated, GeneratedDelta, GeneratedTexts
+from service.api.choices import Delta, Result
 from service.api.event_stream import open_stream
-from service.api.generation import Delta, Generation, Result
-from service.api.logprobs import LogprobWriter, TokenScore
+from service.api.generation import Generation
+from service.api.logprobs import LogprobWriter
+from service.api.openapi import worked
+from service.api.rendering import long_response
 from service.api.schemas import GenerateRequest, Prompt
 from service.api.state import ServiceState
 from service.engine.sequence import SequenceTimings
@@ -19,12 +26,15 @@ from service.errors import InvalidRequest
 
 _PROMPT_FIELDS = ("prompt", "prompts", "token_ids")
 
+Writer = Callable[[Delta | Result], dict[str, Any]]
+"""Writes the fields of log-probabilities of a delta or result."""
+
 
 def generate_router(state: ServiceState) -> APIRouter:
     """The route."""
-    router = APIRouter()
+    router = APIRouter(route_class=GuardedRoute)
 
-    @router.post("/generate", response_model=None)
+    @router.post("/generate", response_model=None, responses=worked(Generated | GeneratedTexts, chunk=GeneratedDelta))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue `prompt`, `token_ids`, or each of `prompts`; without `max_tokens` to the end of the context.
 
@@ -35,16 +45,22 @@ def generate_router(state: ServiceState) -> APIRouter:
         with Generation(state, state.require_served(body.model)) as generation:
             await generation.start(prompts, body, param=param, default_max_tokens=None)
             generation.watch(request)
-            writer = generation.logprobs if body.logprobs else None
+            write = partial(_logprobs, generation.logprobs, is_wanted=bool(body.logprobs))
             if body.stream:
                 return await open_stream(
-                    generation, render=lambda deltas: _events(head, deltas, writer), last_event=lambda: b""
+                    generation, render=lambda deltas: _events(head, deltas, write), last_event=lambda: b""
                 )
-            results = [head | _result(result, writer) for result in await generation.results()]
+            results = await generation.results()
             is_single = body.prompts is None and body.n in (None, 1)
-            return JSONResponse(results[0] if is_single else head | {"results": results})
+            make = partial(_answer, head, results, write, is_single=is_single)
+            return await long_response(make) if generation.is_long else JSONResponse(make())
 
     return router
+
+
+def _answer(head: dict[str, str], results: list[Result], write: Writer, *, is_single: bool) -> dict[str, Any]:
+    answers = [head | write(result) | _result(result) for result in results]
+    return answers[0] if is_single else head | {"results": answers}
 
 
 def _prompts_of(body: GenerateRequest) -> tuple[list[Prompt], str]:
@@ -60,8 +76,8 @@ def _prompts_of(body: GenerateRequest) -> tuple[list[Prompt], str]:
     return (value if body.prompts is not None else [value]), given[0]
 
 
-def _result(result: Result, writer: LogprobWriter | None) -> dict[str, Any]:
-    return _logprobs(result.scores, writer) | {
+def _result(result: Result) -> dict[str, Any]:
+    return {
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
@@ -71,22 +87,22 @@ def _result(result: Result, writer: LogprobWriter | None) -> dict[str, Any]:
     }
 
 
-def _events(head: dict[str, str], deltas: list[Delta], writer: LogprobWriter | None) -> bytes:
+def _events(head: dict[str, str], deltas: list[Delta], write: Writer) -> bytes:
     """One event for each delta; the last of a choice has the reason, the timings and the scheme as well."""
-    return "".join(f"data: {json.dumps(_delta(head, delta, writer))}\n\n" for delta in deltas).encode("ascii")
+    return "".join(f"data: {json.dumps(_delta(head, delta, write))}\n\n" for delta in deltas).encode("ascii")
 
 
-def _delta(head: dict[str, str], delta: Delta, writer: LogprobWriter | None) -> dict[str, Any]:
-    event = {"index": delta.index, "text": delta.text, "token_ids": delta.token_ids}
-    event |= _logprobs(delta.scores, writer)
+def _delta(head: dict[str, str], delta: Delta, write: Writer) -> dict[str, Any]:
+    event = {"index": delta.index, "text": delta.text, "token_ids": delta.token_ids} | write(delta)
     if delta.timings is None:
         return event
     return event | head | {"finish_reason": delta.finish_reason, "timings": _timings(delta.timings)}
 
 
-def _logprobs(scores: tuple[TokenScore, ...], writer: LogprobWriter | None) -> dict[str, Any]:
-    """The field of log-probabilities, if they are asked for."""
-    return {} if writer is None else {"logprobs": writer.native(scores)}
+def _logprobs(writer: LogprobWriter, part: Delta | Result, *, is_wanted: bool) -> dict[str, Any]:
+    """Log-probabilities: of the prompt, where there are some, and of the generated tokens, if they are wanted."""
+    fields = {"prompt_logprobs": writer.native(part.prompt_scores)} if part.prompt_scores else {}
+    return fields | ({"logprobs": writer.native(part.scores)} if is_wanted else {})
 
 
 def _timings(timings: SequenceTimings) -> dict[str, float | None]:

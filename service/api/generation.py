@@ -3,71 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from fastapi import Request
 from starlette.types import Receive
 
+from service.api.choices import Choice, Delta, Result, join
+from service.api.echo import make_echo
 from service.api.errors import ClientDisconnected
-from service.api.logprobs import LogprobWriter, ScoreQueue, TokenScore
-from service.api.logs import REQUEST_ID
-from service.api.sampling import sampling_params, with_seed_of
+from service.api.logprobs import LogprobWriter
+from service.api.logs import REQUEST_ID, current_record
+from service.api.sampling import check_prompt_logprobs, checked_grammar, sampling_params, with_seed_of
 from service.api.schemas import Prompt, SamplingFields
 from service.api.state import ServedModel, ServiceState
-from service.api.streams import Inbox
+from service.api.streams import MAX_HELD, Inbox
 from service.api.text import TextStream
-from service.engine.sequence import FinishReason, SequenceEvent, SequenceTimings
+from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent
 from service.errors import (
     EngineFailure,
     InvalidRequest,
     QueueFull,
     RequestError,
+    RequestTimedOut,
     ServiceFailed,
     Unavailable,
 )
 
+logger = logging.getLogger(__name__)
+
 MAX_SEQUENCES = 256
 """Of one request: prompts times choices of each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one event brought for one choice.
-
-    Attributes:
-        scores: of the tokens that begin in this text or an earlier one and were not told yet, if they are asked for.
-        finish_reason: `stop` or `length` in the last delta of a choice.
-        timings: with `finish_reason`.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    scores: tuple[TokenScore, ...]
-    finish_reason: str | None
-    timings: SequenceTimings | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """One choice as a whole."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    scores: tuple[TokenScore, ...]
-    finish_reason: str
-    num_prompt_tokens: int
-    timings: SequenceTimings
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    index: int
-    num_prompt_tokens: int
-    text: TextStream
-    scores: ScoreQueue
+_MAX_LOGGED_CHARACTERS = 10_000
 
 
 class Generation:
@@ -77,18 +46,22 @@ class Generation:
 
     Attributes:
         logprobs: writes the scores of the choices.
+        is_long: whether the answer has log-probabilities: 1,000 tokens with 20 each take 40 ms to write.
         num_prompt_tokens: of all prompts, each once.
     """
 
     def __init__(self, state: ServiceState, served: ServedModel) -> None:
         self._state = state
         self._served = served
-        self._inbox = Inbox()
-        self._choices: dict[str, _Choice] = {}
+        self._inbox = Inbox(on_overflow=self._drop_slow_reader)
+        self._choices: dict[str, Choice] = {}
         self._open: set[str] = set()
         self._watcher: asyncio.Task[None] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
         self._is_streamed = False
+        self._record = current_record()
         self.logprobs = LogprobWriter(served.codec)
+        self.is_long = False
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
 
@@ -120,34 +93,44 @@ class Generation:
                 param="n",
                 code="invalid_value",
             )
+        loop = asyncio.get_running_loop()
+        self._timers.append(loop.call_later(self._state.request_timeout_s, self._time_out))
+        self._check_room()  # a request that finds none costs no tokenizing
         codec = self._served.codec
         all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
         all_params = [
             sampling_params(fields, self._served, len(ids), param=param, default_max_tokens=default_max_tokens)
             for ids in all_ids
         ]
+        if (grammar := await checked_grammar(fields, self._served)) is not None:
+            all_params = [replace(params, grammar=grammar) for params in all_params]
+        self.is_long = not (fields.num_prompt_logprobs() is None and fields.num_logprobs() is None)
+        check_prompt_logprobs(fields, num_choices * sum(map(len, all_ids)))
+        echoes = [
+            await make_echo(codec, prompt, ids, fields, vocab_size=self._served.vocab_size)
+            for prompt, ids in zip(prompts, all_ids, strict=True)
+        ]
         request_id = f"{REQUEST_ID.get()}-{uuid.uuid4().hex[:8]}"  # clients may send one id twice
         choices = (
-            (prompt_ids, with_seed_of(params, number))
-            for prompt_ids, params in zip(all_ids, all_params, strict=True)
+            (prompt_ids, with_seed_of(params, number), echo)
+            for prompt_ids, params, echo in zip(all_ids, all_params, echoes, strict=True)
             for number in range(num_choices)
         )
-        for index, (prompt_ids, params) in enumerate(choices):
+        for index, (prompt_ids, params, echo) in enumerate(choices):
             sequence_id = f"{request_id}-{index}"
-            try:
-                self._served.engine.submit(sequence_id, prompt_ids, params)
-            except InvalidRequest as error:
-                error.param = param if error.param == "prompt" else error.param
-                raise
-            except (QueueFull, Unavailable) as error:
-                self._state.metrics.count_rejected("queue_full" if isinstance(error, QueueFull) else "unavailable")
-                raise
+            await self._submit(sequence_id, prompt_ids, params, param=param)
             self._state.router.open(sequence_id, self._inbox)
             self._open.add(sequence_id)
-            text = TextStream(codec, prompt_ids, fields.stop)
-            self._choices[sequence_id] = _Choice(index, len(prompt_ids), text, ScoreQueue())
+            text = TextStream(codec, prompt_ids, fields.stop, min_tokens=params.min_tokens)
+            self._choices[sequence_id] = Choice(
+                index, text, num_prompt_tokens=len(prompt_ids), echo=echo, tells_end=fields.echoes_prompt()
+            )
+        self._timers.append(loop.call_later(self._state.queue_timeout_s, self._time_out_in_queue))
         self.num_prompt_tokens = sum(map(len, all_ids))
         self._state.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        self._record.num_prompt_tokens = self.num_prompt_tokens
+        if self._state.log_prompts:
+            await asyncio.to_thread(self._log_prompts, prompts)
 
     def watch(self, request: Request) -> None:
         """Abort everything when the client leaves; the request's body must have been read."""
@@ -158,6 +141,7 @@ class Generation:
 
         Raises:
             EngineFailure, Unavailable: a sequence ended badly.
+            RequestTimedOut: the request has waited or taken too long.
             ClientDisconnected: nobody is there to read the rest.
         """
         while self._open:
@@ -180,7 +164,7 @@ class Generation:
             for delta in step:
                 deltas[delta.index].append(delta)
         return [
-            _join(parts, choice.num_prompt_tokens) for parts, choice in zip(deltas, self._choices.values(), strict=True)
+            join(parts, choice.num_prompt_tokens) for parts, choice in zip(deltas, self._choices.values(), strict=True)
         ]
 
     def hand_over(self) -> None:
@@ -191,16 +175,73 @@ class Generation:
         """Abort what still runs and forget it."""
         if self._watcher is not None:
             self._watcher.cancel()
+        for timer in self._timers:
+            timer.cancel()
+        self._record.num_generated_tokens = self.num_generated_tokens
+        if self._open and not self._record.finish_reasons:
+            self._record.finish_reasons.add(FinishReason.ABORT)
         for sequence_id in self._open:
             self._state.router.close(sequence_id)
             self._served.engine.abort(sequence_id, FinishReason.ABORT)
         self._open.clear()
 
+    async def _submit(self, sequence_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, param: str) -> None:
+        engine = self._served.engine
+        if params.grammar is not None:
+            await asyncio.to_thread(engine.prepare_grammar, sequence_id, params.grammar)  # it has passed a trial
+        try:
+            engine.submit(sequence_id, prompt_ids, params, cache_salt=self._record.client or "")
+        except InvalidRequest as error:
+            error.param = param if error.param == "prompt" else error.param
+            raise
+        except (QueueFull, Unavailable) as error:
+            self._count_rejected(error)
+            raise
+
+    def _log_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """What the model reads; only where an operator has asked for it."""
+        for prompt in prompts:
+            codec = self._served.codec
+            text = prompt if isinstance(prompt, str) else codec.decode(prompt, skip_special_tokens=False)
+            logger.info("prompt: %s", text[:_MAX_LOGGED_CHARACTERS])
+
+    def _check_room(self) -> None:
+        try:
+            self._served.engine.check_room()
+        except (QueueFull, Unavailable) as error:
+            self._count_rejected(error)
+            raise
+
+    def _count_rejected(self, error: QueueFull | Unavailable) -> None:
+        self._state.metrics.count_rejected("queue_full" if isinstance(error, QueueFull) else "unavailable")
+
+    def _end(self, reason: FinishReason, error: Exception) -> None:
+        """Abort what still runs; who reads is told `error` behind what came before, without waiting for the engine."""
+        for sequence_id in self._open:
+            self._served.engine.abort(sequence_id, reason)
+        self._record.finish_reasons.add(reason)
+        self._inbox.fail(error)
+
+    def _time_out(self) -> None:
+        limit_s = self._state.request_timeout_s
+        message = f"the request took longer than {limit_s:g} s, the limit; ask for fewer tokens, or raise "
+        self._end(FinishReason.TIMEOUT, RequestTimedOut(f"{message}--request-timeout", code="request_timeout"))
+
+    def _time_out_in_queue(self) -> None:
+        if not self._served.engine.is_queued(next(iter(self._choices))):
+            return  # they begin in this order, so that the request has begun
+        limit_s = self._state.queue_timeout_s
+        message = f"the request waited longer than {limit_s:g} s, the limit, and has not begun; try another instance"
+        self._end(FinishReason.TIMEOUT, RequestTimedOut(message, code="queue_timeout"))
+
+    def _drop_slow_reader(self) -> None:
+        message = f"more than {MAX_HELD} tokens wait for this client; read faster, or ask for fewer tokens"
+        self._end(FinishReason.ABORT, RequestTimedOut(message, code="slow_reader"))
+
     async def _abort_on_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        for sequence_id in self._open:
-            self._served.engine.abort(sequence_id, FinishReason.ABORT)
+        self._end(FinishReason.ABORT, ClientDisconnected())
 
     def _read(self, event: SequenceEvent) -> Delta | None:
         """Turn an event into text; None if there is nothing to tell.
@@ -208,58 +249,30 @@ class Generation:
         Raises:
             EngineFailure, Unavailable, ClientDisconnected: the sequence ended badly.
         """
-        choice = self._choices[event.request_id]
-        text, token_ids, reason = "", event.token_ids, event.finish_reason
-        was_stopped = choice.text.stopped
-        if was_stopped:
-            token_ids = ()
-        elif token_ids:
-            text = _push(choice, event)
-            self.num_generated_tokens += len(token_ids)
-            self._state.metrics.generated_tokens.inc(len(token_ids))
-            if choice.text.stopped and reason is None:
-                self._served.engine.abort(event.request_id, FinishReason.STOP)
-        if reason is None:
-            scores = choice.scores.take(text, all_text=False)
-            return Delta(choice.index, text, token_ids, scores, None, None) if token_ids else None
-        self._open.discard(event.request_id)
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH) and not was_stopped:
-            raise _failure(reason, event.error)
-        text += choice.text.finish()
-        reason = FinishReason.STOP if choice.text.stopped else reason
-        scores = choice.scores.take(text, all_text=not choice.text.stopped)
-        return Delta(choice.index, text, token_ids, scores, str(reason), event.timings)
-
-
-def _push(choice: _Choice, event: SequenceEvent) -> str:
-    """The text that an event's tokens set free."""
-    if not event.logprobs:
-        return choice.text.push(event.token_ids)
-    text = ""
-    for token_id, logprobs in zip(event.token_ids, event.logprobs, strict=True):
-        choice.scores.add(TokenScore(token_id, choice.text.num_characters, logprobs))
-        text += choice.text.push((token_id,))
-    return text
-
-
-def _join(deltas: list[Delta], num_prompt_tokens: int) -> Result:
-    last = deltas[-1]
-    assert last.finish_reason is not None
-    assert last.timings is not None
-    return Result(
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        scores=tuple(score for delta in deltas for score in delta.scores),
-        finish_reason=last.finish_reason,
-        num_prompt_tokens=num_prompt_tokens,
-        timings=last.timings,
-    )
+        choice, reason = self._choices[event.request_id], event.finish_reason
+        was_stopped = choice.stopped
+        if reason is not None:
+            self._open.discard(event.request_id)
+            if reason not in (FinishReason.STOP, FinishReason.LENGTH) and not was_stopped:
+                self._record.finish_reasons.add(reason)
+                raise _failure(reason, event.error)
+        delta = choice.read(event)
+        self.num_generated_tokens += len(delta.token_ids)
+        self._state.metrics.generated_tokens.inc(len(delta.token_ids))
+        if delta.finish_reason is not None:
+            self._record.finish_reasons.add(FinishReason(delta.finish_reason))
+        elif choice.stopped and not was_stopped:
+            self._served.engine.abort(event.request_id, FinishReason.STOP)
+        has_news = delta.token_ids or delta.prompt_text or delta.prompt_scores or delta.finish_reason
+        return delta if has_news else None
 
 
 def _failure(reason: FinishReason, error: str | None) -> Exception:
     """Why a sequence has no proper end, as the client is told."""
     if reason is FinishReason.ABORT:
         return ClientDisconnected()
+    if reason is FinishReason.TIMEOUT:
+        return RequestTimedOut("the request was given up for lack of time; retry later", code="timeout")
     if reason is FinishReason.SHUTDOWN:
         return Unavailable("the service shuts down before this request was finished; retry", code="shutdown")
     if error is None:

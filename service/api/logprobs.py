@@ -31,20 +31,24 @@ class TokenScore(NamedTuple):
     """Log-probabilities at one token.
 
     Attributes:
-        offset: characters of the choice's text that were certain before the token.
+        offset: characters of the choice's text, an echoed prompt included, that were certain before the token.
+        logprobs: None for the first token of a prompt, which nothing comes before.
     """
 
     token_id: int
     offset: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
 
 
 class ScoreQueue:
-    """Holds scores back until the text of their tokens is released, so that a stop string takes its own away."""
+    """Holds scores back until the text of their tokens is released, so that a stop string takes its own away.
 
-    def __init__(self) -> None:
+    `num_before` characters stand before that text.
+    """
+
+    def __init__(self, num_before: int = 0) -> None:
         self._held: list[TokenScore] = []
-        self._num_released = 0
+        self._num_released = num_before
 
     def add(self, score: TokenScore) -> None:
         """Put a score behind the others."""
@@ -69,50 +73,52 @@ class LogprobWriter:
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._spellings: dict[int, tuple[str, bytes]] = {}
+        self._spellings: dict[int, tuple[str, list[int]]] = {}
 
     def completion(self, scores: tuple[TokenScore, ...]) -> dict[str, list[Any]]:
         """The form of OpenAI's completions; the likeliest tokens include the one that was sampled."""
         return {
             "tokens": [self._spelling(score.token_id)[0] for score in scores],
-            "token_logprobs": [_finite(score.logprobs.logprob) for score in scores],
+            "token_logprobs": [None if score.logprobs is None else _finite(score.logprobs.logprob) for score in scores],
             "top_logprobs": [self._by_text(score) for score in scores],
             "text_offset": [score.offset for score in scores],
         }
 
     def chat(self, scores: tuple[TokenScore, ...]) -> dict[str, Any]:
         """The form of OpenAI's chats."""
-        content = [
-            self._entry(score.token_id, score.logprobs.logprob)
-            | {"top_logprobs": [self._entry(*pair) for pair in score.logprobs.top]}
-            for score in scores
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": [self._with_top(score, with_ids=False) for score in scores], "refusal": None}
 
     def native(self, scores: tuple[TokenScore, ...]) -> list[dict[str, Any]]:
         """As in chats, with token ids."""
-        return [
-            {"token_id": score.token_id}
-            | self._entry(score.token_id, score.logprobs.logprob)
-            | {"top_logprobs": [{"token_id": pair[0]} | self._entry(*pair) for pair in score.logprobs.top]}
-            for score in scores
-        ]
+        return [self._with_top(score, with_ids=True) for score in scores]
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _with_top(self, score: TokenScore, *, with_ids: bool) -> dict[str, Any]:
+        logprob, top = score.logprobs or (None, ())
+        entry = self._entry(score.token_id, logprob, with_ids=with_ids)
+        entry["top_logprobs"] = [self._entry(*pair, with_ids=with_ids) for pair in top]
+        return entry
+
+    def _entry(self, token_id: int, logprob: float | None, *, with_ids: bool) -> dict[str, Any]:
         text, spelled = self._spelling(token_id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(spelled)}
+        entry: dict[str, Any] = {"token_id": token_id} if with_ids else {}
+        entry["token"], entry["bytes"] = text, spelled
+        entry["logprob"] = None if logprob is None else _finite(logprob)
+        return entry
 
-    def _by_text(self, score: TokenScore) -> dict[str, float]:
+    def _by_text(self, score: TokenScore) -> dict[str, float] | None:
         """Texts to log-probabilities; of tokens with the same text the likeliest counts."""
+        if score.logprobs is None:
+            return None
         found: dict[str, float] = {}
         for token_id, logprob in (*score.logprobs.top, (score.token_id, score.logprobs.logprob)):
             found.setdefault(self._spelling(token_id)[0], _finite(logprob))
         return found
 
-    def _spelling(self, token_id: int) -> tuple[str, bytes]:
+    def _spelling(self, token_id: int) -> tuple[str, list[int]]:
         spelling = self._spellings.get(token_id)
         if spelling is None:
-            spelling = self._spellings[token_id] = spell(self._codec, token_id)
+            text, spelled = spell(self._codec, token_id)
+            spelling = self._spellings[token_id] = text, list(spelled)
         return spelling
 
 

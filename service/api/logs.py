@@ -7,12 +7,43 @@ import logging
 import sys
 import textwrap
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that is being handled."""
 
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is found out about a request while it is handled, for its line in the log; no text of it.
+
+    Attributes:
+        client: name of its key; None without keys.
+        num_prompt_tokens: of all prompts; None if nothing was generated.
+        num_generated_tokens: delivered.
+        finish_reasons: of its choices.
+    """
+
+    client: str | None = None
+    num_prompt_tokens: int | None = None
+    num_generated_tokens: int = 0
+    finish_reasons: set[str] = field(default_factory=set)
+
+    def fields(self) -> dict[str, Any]:
+        """What there is to tell, by name."""
+        fields: dict[str, Any] = {}
+        if self.num_prompt_tokens is not None:
+            fields = {"prompt_tokens": self.num_prompt_tokens, "generated_tokens": self.num_generated_tokens}
+        if self.finish_reasons:
+            fields["finish_reason"] = ",".join(sorted(self.finish_reasons))
+        if self.client is not None:
+            fields["client"] = self.client
+        return fields
+
+
+_RECORD: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
 _LIBRARIES_WITH_HANDLERS = ("transformers", "huggingface_hub")
 
 
@@ -46,6 +77,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             "request_id": _request_id(record),
+            **getattr(record, "fields", {}),
             "exception": self.formatException(record.exc_info) if record.exc_info else None,
         }
         return json.dumps({key: value for key, value in entry.items() if value is not None})
@@ -59,6 +91,18 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+def new_record() -> RequestRecord:
+    """Begin the record of the request that is being handled."""
+    record = RequestRecord()
+    _RECORD.set(record)
+    return record
+
+
+def current_record() -> RequestRecord:
+    """That of the request that is being handled; outside of one, a record that nobody reads."""
+    return _RECORD.get() or RequestRecord()
+
+
 def configure_logging(log_format: Literal["text", "json"]) -> None:
     """Send the log of this process to stderr: the service's own from INFO, that of libraries from WARNING."""
     handler = _StderrHandler()
@@ -66,6 +110,7 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("service").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # of bad requests service.api.protocol tells
     logging.captureWarnings(True)
 
 

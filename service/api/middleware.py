@@ -1,4 +1,4 @@
-"""What holds for every request, before any route: its id, its size, its line in the log, its count."""
+"""What holds for every request, whatever its route: its id, its size, its headers, its line in the log, its count."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import BodyLimitExceeded, error_response
-from service.api.logs import REQUEST_ID
-from service.errors import BodyTooLarge
+from service.api.errors import RECEIPT_ERROR, BodyRefused, error_response
+from service.api.logs import REQUEST_ID, RequestRecord, new_record
+from service.errors import BodyTooLarge, RequestError, Unavailable
 from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,19 @@ logger = logging.getLogger(__name__)
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
+_PROBES = frozenset({"/livez", "/readyz"})
+"""Answered also on a connection that is one too many."""
 _MAX_DISCARDED_RATIO = 4
 _MAX_DISCARD_S = 2.0
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+"""On every answer that does not say something else: none of them is a page, a frame, a script or for a cache."""
 _NO_STATUS = 499
 """Counted for a request whose client left before an answer."""
 
@@ -33,12 +45,16 @@ class RequestMiddleware:
 
     Args:
         max_body_bytes: longer bodies get 413 and are never parsed.
+        is_closing: whether connections are closed behind their answer, as the service drains.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int, is_closing: Callable[[], bool] = lambda: False
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._is_closing = is_closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
@@ -49,51 +65,92 @@ class RequestMiddleware:
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if _SANE_ID.fullmatch(sent_id) else uuid.uuid4().hex
         token = REQUEST_ID.set(request_id)
+        record = new_record()
         started = time.monotonic()
+        body = _Body(receive, scope, self._max_body_bytes)
         status = _NO_STATUS
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-ID"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    answer.setdefault(name, value)
+                if body.is_left_unread or self._is_closing():
+                    answer["Connection"] = "close"
             await send(message)
 
         try:
-            limit = self._max_body_bytes
-            if _content_length(headers) > limit:
-                if "expect" not in headers:  # such a client waits for leave to send
-                    await _discard(receive, limit)
-                await error_response(_too_large(limit))(scope, receive, send_with_id)
+            if (error := _receipt_error(scope)) is not None and scope["path"] not in _PROBES:
+                if isinstance(error, Unavailable):  # the connection is one too many
+                    self._metrics.count_rejected("connection_limit")
+                await error_response(error)(scope, body.receive, send_with_headers)
             else:
-                await self._app(scope, _limited(receive, limit), send_with_id)
+                await self._app(scope, body.receive, send_with_headers)
         finally:
-            self._finish(scope, status, time.monotonic() - started)
+            self._finish(scope, record, status=status, seconds=time.monotonic() - started)
             REQUEST_ID.reset(token)
 
-    def _finish(self, scope: Scope, status: int, seconds: float) -> None:
+    def _finish(self, scope: Scope, record: RequestRecord, *, status: int, seconds: float) -> None:
         route = str(getattr(scope.get("route"), "path", "unknown"))
         self._metrics.requests.labels(route=route, status=str(status)).inc()
-        if route not in _QUIET_ROUTES:
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            logger.info("%s %s %d %.3f s", method, route, status, seconds)
+        if route in _QUIET_ROUTES:
+            return
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        details = record.fields()
+        text = "".join(f", {name} {value}" for name, value in details.items())
+        fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 6)} | details
+        logger.info("%s %s %d %.3f s%s", method, route, status, seconds, text, extra={"fields": fields})
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Count the bytes of a body that did not state its length."""
-    num_bytes = 0
+class _Body:
+    """The body of a request, no longer than the limit; asked for it, one that is longer is 413.
 
-    async def receive_limited() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > limit:
+    Until then nothing of it is read, so that a request that is refused for another reason costs nothing.
+    """
+
+    def __init__(self, receive: Receive, scope: Scope, limit: int) -> None:
+        headers = Headers(scope=scope)
+        self._receive = receive
+        self._scope = scope
+        self._limit = limit
+        self._num_bytes = 0
+        self._is_expected = "expect" in headers
+        # The HTTP parser has refused what is no number.
+        self._is_too_long = int(headers.get("content-length", "0")) > limit
+
+    @property
+    def is_left_unread(self) -> bool:
+        """Whether more is on its way than will be read."""
+        return self._is_too_long or _receipt_error(self._scope) is not None
+
+    async def receive(self) -> Message:
+        """The next part.
+
+        Raises:
+            BodyRefused: it is too long, by its stated length or by what has come, or the server reads no more of it.
+        """
+        if self._is_too_long:
+            if not self._is_expected:  # else the client waits for leave to send
+                await _discard(self._receive, self._limit)
+            raise BodyRefused(_too_large(self._limit))
+        message = await self._receive()
+        if (error := _receipt_error(self._scope)) is not None:
+            raise BodyRefused(error)
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._limit:
+            self._is_too_long = True
             if message.get("more_body", False):
-                await _discard(receive, limit)
-            raise BodyLimitExceeded(_too_large(limit))
+                await _discard(self._receive, self._limit)
+            raise BodyRefused(_too_large(self._limit))
         return message
 
-    return receive_limited
+
+def _receipt_error(scope: Scope) -> RequestError | None:
+    error: RequestError | None = scope.get("state", {}).get(RECEIPT_ERROR)
+    return error
 
 
 async def _discard(receive: Receive, limit: int) -> None:
@@ -106,11 +163,6 @@ async def _discard(receive: Receive, limit: int) -> None:
                 num_bytes += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return
-
-
-def _content_length(headers: Headers) -> int:
-    """The stated length; 0 if there is none. The HTTP parser has refused what is no number."""
-    return int(headers.get("content-length", "0"))
 
 
 def _too_large(limit: int) -> BodyTooLarge:

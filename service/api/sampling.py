@@ -10,9 +10,17 @@ from service.api.state import ServedModel
 from service.engine.sequence import SamplingParams
 from service.errors import InvalidRequest, PromptTooLong
 
+MAX_PROMPT_LOGPROBS = 2**18
+"""That one request is told: two for each of 1024 tokens of 128 prompts. They take 10 to 30 MB of JSON."""
+
 
 def sampling_params(
-    fields: SamplingFields, served: ServedModel, num_prompt_tokens: int, *, param: str, default_max_tokens: int | None
+    fields: SamplingFields,
+    served: ServedModel,
+    num_prompt_tokens: int,
+    *,
+    param: str,
+    default_max_tokens: int | None,
 ) -> SamplingParams:
     """The parameters of a prompt's first sequence.
 
@@ -35,7 +43,8 @@ def sampling_params(
             code="invalid_value",
         )
     defaults = served.sampling_defaults
-    ends = frozenset() if fields.ignore_eos else served.eos_token_ids
+    # A text that follows a grammar needs an end.
+    ends = frozenset() if fields.ignore_eos and fields.constraint() is None else served.eos_token_ids
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_or(fields.temperature, defaults.temperature),
@@ -50,7 +59,45 @@ def sampling_params(
         seed=fields.seed,
         stop_token_ids=ends | frozenset(fields.stop_token_ids),
         num_logprobs=fields.num_logprobs(),
+        num_prompt_logprobs=fields.num_prompt_logprobs(),
     )
+
+
+def check_prompt_logprobs(fields: SamplingFields, num_prompt_tokens: int) -> None:
+    """Refuse a request that asks for too many of them for `num_prompt_tokens` tokens, those of all choices.
+
+    Raises:
+        InvalidRequest: more than `MAX_PROMPT_LOGPROBS`.
+    """
+    num_top = fields.num_prompt_logprobs()
+    if num_top is None or num_prompt_tokens * (1 + num_top) <= MAX_PROMPT_LOGPROBS:
+        return
+    field = "logprobs" if fields.echoes_prompt() else "prompt_logprobs"
+    raise InvalidRequest(
+        f"{field} is {num_top} for {num_prompt_tokens} prompt tokens, which makes {num_prompt_tokens * (1 + num_top)} "
+        f"log-probabilities; at most {MAX_PROMPT_LOGPROBS} are told; send fewer prompts, or lower {field} or n",
+        param=field,
+        code="invalid_value",
+    )
+
+
+async def checked_grammar(fields: SamplingFields, served: ServedModel) -> str | None:
+    """The grammar that a request wants its texts to follow, after a trial; None if it wants none.
+
+    Raises:
+        InvalidRequest: this service has no grammars, or not this one.
+    """
+    constraint = fields.constraint()
+    if constraint is None:
+        return None
+    if served.grammars is None:
+        raise InvalidRequest(
+            f"{constraint.param} asks for text that follows a grammar; this service was installed without the extra "
+            "`grammar`; leave it out, or let the operator run: pip install 'pennyweight[grammar]'",
+            param=constraint.param,
+            code="not_supported",
+        )
+    return await served.grammars.check(constraint)
 
 
 def with_seed_of(params: SamplingParams, index: int) -> SamplingParams:
@@ -64,7 +111,15 @@ def _max_tokens(
     context = served.max_model_len
     rest = context - num_prompt_tokens
     limit_field, limit = fields.token_limit()
-    max_tokens = limit or max(1, rest if default is None else min(rest, default))
+    if limit == 0 and not fields.echoes_prompt() and fields.num_prompt_logprobs() is None:
+        other = "prompt_logprobs" if "prompt_logprobs" in type(fields).model_fields else "echo true"
+        raise InvalidRequest(
+            f"{limit_field} is 0; then only the prompt can be told, which was not asked for; "
+            f"send at least 1, or {other} as well",
+            param=limit_field,
+            code="invalid_value",
+        )
+    max_tokens = max(1, rest if default is None else min(rest, default)) if limit is None else limit
     if max_tokens > rest:
         raise PromptTooLong(
             f"{num_prompt_tokens} prompt tokens and {max_tokens} new ones make {num_prompt_tokens + max_tokens}; "

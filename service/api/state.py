@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.api.defaults import SamplingDefaults
+from service.api.grammars import GrammarChecker
 from service.api.streams import EventRouter
 from service.api.templates import ChatTemplate
 from service.api.text import TextCodec
@@ -19,18 +20,31 @@ from service.loading.report import LoadReport
 from service.metrics import Metrics
 
 _REJECTIONS = {Phase.DRAINING: "draining", Phase.FAILED: "failed"}
-STALL_LIMIT_S = 60.0
-"""`/livez` fails when work is queued and no step was finished for so long."""
 
 
 class EngineHandle(Protocol):
     """What the HTTP side uses of the engine; safe to call from any thread."""
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def submit(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = ""
+    ) -> None:
         """Accept a sequence, or raise a `RequestError`."""
+
+    def check_room(self) -> None:
+        """Raise the `RequestError` that `submit` raises for want of room."""
+
+    def prepare_grammar(self, request_id: str, grammar: str) -> None:
+        """Compile the grammar of a sequence that `submit` brings next, or raise a `GrammarError`."""
 
     def abort(self, request_id: str, reason: FinishReason = ...) -> None:
         """End a sequence; its terminal event still comes."""
+
+    def is_queued(self, request_id: str) -> bool:
+        """Whether a sequence waits and was never scheduled."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether only a restart helps."""
 
     def state(self) -> EngineState:
         """Read the gauges."""
@@ -43,6 +57,7 @@ class ServedModel:
     Attributes:
         max_model_len: prompt and new tokens of one sequence, as far as context and KV memory allow.
         chat_template: None if the model has none.
+        grammars: None without the extra `grammar`.
     """
 
     engine: EngineHandle
@@ -53,6 +68,7 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     sampling_defaults: SamplingDefaults
     chat_template: ChatTemplate | None
+    grammars: GrammarChecker | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +79,9 @@ class ServiceState:
         model_name: what clients call the model; known from the start.
         scheme: the `scheme` label.
         created: Unix seconds of the start.
+        queue_timeout_s: how long a request may wait for its start.
+        request_timeout_s: how long it may take in all.
+        log_prompts: whether the log may hold what clients send.
     """
 
     model_name: str
@@ -72,11 +91,14 @@ class ServiceState:
     progress: LoadProgress = field(default_factory=LoadProgress)
     served: ServedModel | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    queue_timeout_s: float = 60.0
+    request_timeout_s: float = 600.0
+    log_prompts: bool = False
 
     @property
     def phase(self) -> Phase:
         """Where the service is in its life; it has failed also when its engine has."""
-        if self.served is not None and self.served.engine.state().has_failed:
+        if self.served is not None and self.served.engine.has_failed:
             return Phase.FAILED
         return self.progress.phase
 
@@ -112,11 +134,12 @@ class ServiceState:
                 code="model_not_found",
             )
 
-    def is_stalled(self, limit_s: float = STALL_LIMIT_S) -> bool:
-        """Whether requests are open and no step was finished for `limit_s`."""
+    def passed_limit_s(self) -> float | None:
+        """The seconds that a step may take, if requests are open and none was finished for longer; else None."""
         busy_since = self.router.busy_since
         if self.served is None or busy_since is None:
-            return False
+            return None
         busy_s = time.monotonic() - busy_since
-        since_step_s = self.served.engine.state().since_step_s
-        return min(busy_s, busy_s if since_step_s is None else since_step_s) > limit_s
+        engine = self.served.engine.state()
+        stuck_s = busy_s if engine.since_step_s is None else min(busy_s, engine.since_step_s)
+        return engine.step_limit_s if stuck_s > engine.step_limit_s else None

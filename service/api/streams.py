@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from service.engine.sequence import SequenceEvent
+
+MAX_HELD = 65536
+"""Events, and log-probabilities in them, that wait for one client at most; some 10 MB of memory."""
 
 
 class Inbox:
     """Events of one HTTP request, in order; used on the event loop only.
 
-    Bounded without a limit of its own: a sequence has at most `max_tokens` events, for which the engine
-    has reserved memory. A client that reads slowly holds these, and no KV block once they are all here.
+    Args:
+        on_overflow: called when more is held than `MAX_HELD`: the client reads more slowly than the engine writes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_overflow: Callable[[], None]) -> None:
+        self._on_overflow = on_overflow
         self._events: list[SequenceEvent] = []
+        self._num_held = 0
+        self._failure: Exception | None = None
         self._is_filled = asyncio.Event()
 
     def put(self, event: SequenceEvent) -> None:
         """Add an event and wake who waits."""
+        if self._failure is not None:
+            return
         self._events.append(event)
+        self._num_held += 1 + sum(1 + len(logprobs.top) for logprobs in event.logprobs)
         self._is_filled.set()
+        if self._num_held > MAX_HELD:
+            self._on_overflow()
+
+    def fail(self, error: Exception) -> None:
+        """Take nothing more: `take` gives what came before, then raises `error`. Only the first one counts."""
+        if self._failure is None:
+            self._failure = error
+            self._is_filled.set()
 
     async def take(self) -> list[SequenceEvent]:
-        """All events since the last call, at least one."""
+        """All events since the last call, at least one.
+
+        Raises:
+            Exception: that of `fail`.
+        """
         await self._is_filled.wait()
-        self._is_filled.clear()
+        if self._failure is None:
+            self._is_filled.clear()
+        elif not self._events:
+            raise self._failure
         events, self._events = self._events, []
+        self._num_held = 0
         return events
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -124,15 +125,15 @@ class Detokenizer:
         prompt_ids: what the text continues; an empty prompt gives the text as if nothing stood before it.
     """
 
-    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int]) -> None:
-        self._codec = codec
+    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
+        self._decode = partial(codec.decode, skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
         fewest, most = _PRIMER_TOKENS
         # Special tokens have no text, so that those before and after them are decoded as one.
         shown = list(islice((i for i in reversed(prompt_ids) if i not in codec.special_ids), most))[::-1]
         for count in range(fewest, most + 1):
             self._ids = shown[-count:]
-            primer = codec.decode(self._ids)
+            primer = self._decode(self._ids)
             if primer and not primer.startswith(_REPLACEMENT):
                 break  # begins with a whole character
         self._num_sent = len(primer)
@@ -141,7 +142,7 @@ class Detokenizer:
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these ids settle; may be empty."""
         self._ids.extend(token_ids)
-        text = self._codec.decode(self._ids)
+        text = self._decode(self._ids)
         is_long = len(self._ids) - self._num_context > _MAX_WINDOW_TOKENS
         if text.endswith(_REPLACEMENT) and not is_long:
             settled = text.rstrip(_REPLACEMENT)
@@ -152,12 +153,12 @@ class Detokenizer:
         if piece or is_long:
             del self._ids[: self._num_context]
             self._num_context = len(self._ids)
-            self._num_sent = len(self._codec.decode(self._ids))
+            self._num_sent = len(self._decode(self._ids))
         return piece
 
     def finish(self) -> str:
         """What was held back."""
-        piece = self._codec.decode(self._ids)[self._num_sent :]
+        piece = self._decode(self._ids)[self._num_sent :]
         self._num_sent += len(piece)
         return piece
 
@@ -215,13 +216,19 @@ class StopMatcher:
 class TextStream:
     """The text of one choice: detokenized, and cut at the first stop string.
 
+    The text of the first `min_tokens` tokens is never cut: a stop string counts if it begins behind it.
+
     Attributes:
         num_characters: detokenized so far, also those that are held back or cut.
     """
 
-    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self, codec: TextCodec, prompt_ids: Sequence[int], stops: Sequence[str], *, min_tokens: int = 0
+    ) -> None:
         self._detokenizer = Detokenizer(codec, prompt_ids)
         self._matcher = StopMatcher(stops)
+        self._num_uncut = min_tokens  # of the tokens to come
+        self._may_cut = False
         self.num_characters = 0
 
     @property
@@ -231,13 +238,23 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these ids set free; may be empty."""
-        text = self._detokenizer.push(token_ids)
-        self.num_characters += len(text)
-        return self._matcher.push(text)
+        uncut, token_ids = token_ids[: self._num_uncut], token_ids[self._num_uncut :]
+        text = self._read(uncut) if uncut else ""
+        self._num_uncut -= len(uncut)
+        if token_ids:
+            self._may_cut = True
+            text += self._matcher.push(self._read(token_ids))
+        return text
 
     def finish(self) -> str:
         """What was held back, when no more ids come."""
-        return self._matcher.push(self._detokenizer.finish()) + self._matcher.finish()
+        text = self._detokenizer.finish()
+        return (self._matcher.push(text) if self._may_cut else text) + self._matcher.finish()
+
+    def _read(self, token_ids: Sequence[int]) -> str:
+        text = self._detokenizer.push(token_ids)
+        self.num_characters += len(text)
+        return text
 
 
 def _borders(stop: str) -> list[int]:

@@ -6,28 +6,35 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
+from service.api.access import GuardedRoute
+from service.api.answers import DetokenizedText, Tokens
 from service.api.chat import encode_chat
 from service.api.chat_schemas import DetokenizeRequest, TokenizeRequest
+from service.api.openapi import worked
+from service.api.rendering import long_response
 from service.api.state import ServedModel, ServiceState
 from service.errors import InvalidRequest, PromptTooLong
 
 
 def tokenization_router(state: ServiceState) -> APIRouter:
     """Both routes."""
-    router = APIRouter()
+    router = APIRouter(route_class=GuardedRoute)
 
-    @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    @router.post("/tokenize", response_model=None, responses=worked(Tokens))
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a prompt, or of a chat as the model's template writes it."""
         served = state.require_served(body.model)
         tokens = await _tokens_of(served, body)
-        answer = {"count": len(tokens), "max_model_len": served.max_model_len, "tokens": tokens}
-        if body.return_token_strs:
-            answer["token_strs"] = await asyncio.to_thread(served.codec.names, tokens)
-        return answer
 
-    @router.post("/detokenize")
+        def answer() -> dict[str, Any]:
+            strings = {"token_strs": served.codec.names(tokens)} if body.return_token_strs else {}
+            return {"count": len(tokens), "max_model_len": served.max_model_len, "tokens": tokens} | strings
+
+        return await long_response(answer)
+
+    @router.post("/detokenize", response_model=None, responses=worked(DetokenizedText))
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """Text of token ids, special tokens included."""
         served = state.require_served(body.model)

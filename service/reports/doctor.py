@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from service.reports.hardware import cpu_name
 from service.reports.machine import ThreadLimits, thread_limits
 
 _LIBRARIES = ("transformers", "tokenizers", "huggingface_hub", "safetensors", "fastapi", "uvicorn", "pydantic")
+_GRAMMAR_LIBRARY = "llguidance"
 _COMPILERS = ("c++", "g++", "clang++")
 _DEMO_BYTES = 512 * 2**20
 """A service of the demo model holds up to 430 MB while it starts, most of it libraries, and then keys and values."""
@@ -89,7 +91,7 @@ def examine(settings: Mapping[str, Any], setting_errors: Sequence[str] = ()) -> 
         version=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
-        libraries={name: version(name) for name in _LIBRARIES},
+        libraries={name: version(name) for name in _LIBRARIES} | _grammar_library(problems),
         cpu={
             "name": cpu_name(),
             "architecture": platform.machine(),
@@ -148,6 +150,15 @@ def _kernels(isa: str, problems: list[Problem]) -> dict[str, Any]:
         problems.append(Problem("warning", f"{obstacle}; products run on torch's own operators, slower", remedy))
     usable = [isa for isa in dispatch.ISAS if not dispatch.obstacle(isa)]
     return {"in_use": choice.kernel, "why": choice.why, "usable": usable, "compiler": compiler}
+
+
+def _grammar_library(problems: list[Problem]) -> dict[str, str]:
+    """The version of what serves grammars; adds a note where it is not installed."""
+    if find_spec(_GRAMMAR_LIBRARY) is not None:
+        return {_GRAMMAR_LIBRARY: version(_GRAMMAR_LIBRARY)}
+    text = f"{_GRAMMAR_LIBRARY} is not installed; JSON schemas, regular expressions and grammars are refused"
+    problems.append(Problem("note", text, "pip install 'pennyweight[grammar]' if requests need them"))
+    return {}
 
 
 def _threads(limits: ThreadLimits, chosen: int | str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from service.access import read_access
 from service.api.listener import open_port
 from service.app import Service
 from service.loading.progress import Phase
@@ -63,6 +65,18 @@ class RunningService:
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
         return self.service.exit_code
+
+    def connect(self, fields: Mapping[str, Any], *, receive_buffer: int | None = None) -> socket.socket:
+        """`POST /v1/completions` by hand; nothing is read of the answer."""
+        body = json.dumps(fields).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        client = socket.socket()
+        if receive_buffer is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(TIMEOUT_S)
+        client.connect(("127.0.0.1", self.port))
+        client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        return client
 
     def complete(self, **fields: Any) -> httpx.Response:
         """`POST /v1/completions`."""
@@ -111,13 +125,21 @@ def assert_error(response: httpx.Response, status: int, *, param: str | None, co
 
 
 @contextmanager
-def start_service(settings: Mapping[str, Any]) -> Iterator[RunningService]:
-    """Start a service in this process; drain it at the end, if it has not ended by itself."""
-    listener = open_port("127.0.0.1", 0)
+def start_service(
+    settings: Mapping[str, Any], *, port: int = 0, send_buffer: int | None = None
+) -> Iterator[RunningService]:
+    """Start a service in this process; drain it at the end, if it has not ended by itself.
+
+    A client that does not read is felt after `send_buffer` bytes and those that it takes itself.
+    """
+    listener = open_port("127.0.0.1", port)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     made: Future[Service] = Future()
 
     async def serve() -> None:
-        service = Service(Settings.model_validate(settings), asyncio.get_running_loop())
+        checked = Settings.model_validate(settings)
+        service = Service(checked, asyncio.get_running_loop(), access=read_access(checked, {}))
         made.set_result(service)
         await service.serve(listener)
 
@@ -134,9 +156,11 @@ def start_service(settings: Mapping[str, Any]) -> Iterator[RunningService]:
 
 
 @contextmanager
-def run_service(settings: Mapping[str, Any]) -> Iterator[RunningService]:
+def run_service(
+    settings: Mapping[str, Any], *, port: int = 0, send_buffer: int | None = None
+) -> Iterator[RunningService]:
     """Start a service in this process and wait until it is ready."""
-    with start_service(settings) as running:
+    with start_service(settings, port=port, send_buffer=send_buffer) as running:
         assert eventually(lambda: running.service.state.phase in (Phase.READY, Phase.FAILED))
         assert running.service.state.phase is Phase.READY
         yield running

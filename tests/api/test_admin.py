@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 import service
-from tests.api.support import RunningService, assert_error, eventually
+from service.api.state import EngineHandle
+from service.engine.stats import EngineState
+from tests.api.support import RunningService, assert_error, eventually, sse_events
 from tests.conftest import Gate
 from tests.models import BLOCK_TOKEN_ID, CONTEXT
 
@@ -37,6 +42,27 @@ def test_the_load_report_shows_bytes_and_layers(running: RunningService) -> None
     assert {"name", "shape", "scheme", "reason", "bytes", "bits_per_weight", "relative_error", "sqnr_db"} == set(
         report["layers"][0]
     )
+
+
+def _streamed(service: RunningService, path: str, body: dict[str, Any]) -> list[Any]:
+    return sse_events(service.client.post(path, json=body | {"stream": True}).text)
+
+
+def test_answers_of_openais_routes_name_scheme_and_weights(running: RunningService, chat: RunningService) -> None:
+    prompt: dict[str, Any] = {"prompt": "The sea", "max_tokens": 2}
+    messages: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    for asked, path, body in (
+        (running, "/v1/completions", prompt),
+        (chat, "/v1/completions", prompt),
+        (chat, "/v1/chat/completions", messages),
+    ):
+        fingerprint = asked.client.get("/v1/quantization").json()["system_fingerprint"]
+        assert re.fullmatch("none-[0-9a-f]{12}", fingerprint)
+        answers = [asked.client.post(path, json=body).json(), *_streamed(asked, path, body)]
+        assert len(answers) > 1
+        assert {answer["system_fingerprint"] for answer in answers} == {fingerprint}
+    names = {asked.client.get("/v1/quantization").json()["system_fingerprint"] for asked in (running, chat)}
+    assert len(names) == 2
 
 
 def test_a_ready_service_is_live_and_ready(running: RunningService) -> None:
@@ -70,17 +96,42 @@ def test_the_schema_has_all_routes_and_none_that_is_not_built(running: RunningSe
     }
 
 
-def test_a_step_that_does_not_end_is_a_stall_and_an_idle_service_is_none(running: RunningService, gate: Gate) -> None:
+class FastEngine:
+    """The engine, as that of a model whose steps never take longer than 50 ms."""
+
+    def __init__(self, engine: EngineHandle) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def state(self) -> EngineState:
+        return replace(self._engine.state(), step_limit_s=0.05)
+
+
+def test_livez_is_red_while_a_step_does_not_end_and_green_when_it_has_ended(
+    running: RunningService, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = running.service.state
-    assert not state.is_stalled(limit_s=0)
+    assert state.served is not None
+    assert state.passed_limit_s() is None
     with ThreadPoolExecutor() as pool:
         blocked = pool.submit(running.complete, prompt=[BLOCK_TOKEN_ID], max_tokens=1)
         assert gate.reached.wait(60)
-        assert eventually(lambda: state.is_stalled(limit_s=0.05))
-        assert not state.is_stalled(limit_s=3600)
+        assert running.client.get("/livez").status_code == 200, "it takes longer than a slow model's steps already"
+        monkeypatch.setattr(state, "served", replace(state.served, engine=FastEngine(state.served.engine)))
+        assert eventually(lambda: running.client.get("/livez").status_code == 503)
+        assert_error(
+            running.client.get("/livez"),
+            503,
+            param=None,
+            code="stalled",
+            message=r"no step was finished for 0\.05 s, longer than this model's steps take; restart",
+        )
         gate.opened.set()
         assert blocked.result().status_code == 200
-    assert not state.is_stalled(limit_s=0)
+        assert eventually(lambda: running.client.get("/livez").status_code == 200)
+    assert state.passed_limit_s() is None, "an idle service is not stuck"
 
 
 def test_the_gauges_of_the_model_agree_with_the_report(running: RunningService) -> None:

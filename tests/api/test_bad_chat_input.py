@@ -12,20 +12,21 @@ from pydantic import BaseModel
 from service.api.chat_schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from tests.api.conftest import MAX_BODY_BYTES
 from tests.api.support import CHAT_VOCAB_SIZE, RunningService, assert_error
-from tests.api.test_bad_input import BAD_FIELDS, INVALID, MISSING, TOO_LONG, UNKNOWN, UNSUPPORTED
+from tests.api.test_bad_input import BAD_FIELDS, INVALID, MISSING, NO_JSON, TOO_LONG, UNKNOWN, UNSUPPORTED
 from tests.models import CONTEXT
 
 CHAT_ROUTE = "/v1/chat/completions"
 GOOD: list[Any] = [{"role": "user", "content": "The sea"}]
 PARTS = 'a string or a list of 1 to 256 parts {"type": "text", "text": "..."} and no others'
-SHARED = [field for field in BAD_FIELDS if not field.startswith(('"prompt"', '"top_k": 301'))]
+OF_COMPLETIONS = ('"prompt"', '"top_k": 301', '"max_tokens": 0', '"max_tokens": -1')
+SHARED = [field for field in BAD_FIELDS if not field.startswith(OF_COMPLETIONS)]
 
 
 def content(value: Any) -> list[Any]:
     return [{"role": "user", "content": value}]
 
 
-BAD_MESSAGES: list[tuple[Any, str, str, str]] = [
+BAD_MESSAGES: list[tuple[Any, str, str | None, str]] = [
     (5, INVALID, "messages", "must be a valid list"),
     ([], INVALID, "messages", "must have at least 1 item"),
     ([*GOOD * 2049], INVALID, "messages", "must have at most 2048 items"),
@@ -65,8 +66,8 @@ BAD_MESSAGES: list[tuple[Any, str, str, str]] = [
         PARTS,
     ),
     (content([{"type": "refusal", "refusal": "no"}]), INVALID, "messages.0.content", PARTS),
-    (content("\ud800"), INVALID, "messages.0.content", "lone surrogate"),
-    (content([{"type": "text", "text": "\udfff"}]), INVALID, "messages.0.content", "lone surrogate"),
+    (content("\ud800"), NO_JSON, None, "no character"),
+    (content([{"type": "text", "text": "\udfff"}]), NO_JSON, None, "no character"),
     ([{"role": "user", "content": "a", "name": ""}], INVALID, "messages.0.name", "at least 1 character"),
     ([{"role": "user", "content": "a", "name": "a" * 257}], INVALID, "messages.0.name", "at most 256 characters"),
     ([{"role": "user", "content": "a", "weight": 1}], UNKNOWN, "messages.0.weight", "unknown field"),
@@ -86,6 +87,7 @@ BAD_MESSAGES: list[tuple[Any, str, str, str]] = [
     (content("a\U000f0000"), "template_error", "messages", r"U\+F0000"),
 ]
 BAD_CHAT_FIELDS: dict[str, tuple[str, str, str]] = {
+    '"max_tokens": 0': (INVALID, "max_tokens", "must be greater than or equal to 1"),
     '"max_completion_tokens": 0': (INVALID, "max_completion_tokens", "must be greater than or equal to 1"),
     '"max_completion_tokens": 2147483648': (INVALID, "max_completion_tokens", "must be less than or equal"),
     '"max_completion_tokens": "5"': (INVALID, "max_completion_tokens", "must be a valid integer"),
@@ -112,8 +114,11 @@ BAD_CHAT_FIELDS: dict[str, tuple[str, str, str]] = {
     '"tool_choice": {"type": "function", "function": {"name": "f"}}': (UNSUPPORTED, "tool_choice", "not supported"),
     '"functions": [{"name": "f"}]': (UNSUPPORTED, "functions", "not supported"),
     '"function_call": {"name": "f"}': (UNSUPPORTED, "function_call", "not supported"),
-    '"response_format": {"type": "json_object"}': (UNSUPPORTED, "response_format", 'null or {"type": "text"}'),
-    '"response_format": {"type": "json_schema", "json_schema": {}}': (UNSUPPORTED, "response_format", "not supported"),
+    '"response_format": {"type": "json_schema", "json_schema": {}}': (
+        MISSING,
+        "response_format.json_schema.name",
+        "is missing",
+    ),
     '"modalities": ["text", "audio"]': (UNSUPPORTED, "modalities", r'null or \["text"\]'),
     '"audio": {"voice": "a", "format": "wav"}': (UNSUPPORTED, "audio", "not supported"),
     '"prediction": {"type": "content", "content": "a"}': (UNSUPPORTED, "prediction", "not supported"),
@@ -233,7 +238,7 @@ def test_what_is_allowed_is_taken(chat: RunningService, fields: dict[str, Any]) 
         ({"prompt": ""}, INVALID, "prompt", "at least 1 character"),
         ({"prompt": 5}, INVALID, "prompt", "must be a valid string"),
         ({"prompt": ["a"]}, INVALID, "prompt", "must be a valid string"),
-        ({"prompt": "\ud800"}, INVALID, "prompt", "lone surrogate"),
+        ({"prompt": "\ud800"}, NO_JSON, None, "no character"),
         ({"prompt": "a" * 20_000}, TOO_LONG, "prompt", "20000 characters; 256 tokens, the context, hold at most"),
         ({"prompt": "a", "add_special_tokens": "yes"}, INVALID, "add_special_tokens", "must be a valid boolean"),
         ({"messages": GOOD, "add_special_tokens": True}, INVALID, "add_special_tokens", "the chat template writes"),

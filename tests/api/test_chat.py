@@ -60,7 +60,7 @@ def test_a_chat_is_the_completion_of_what_the_template_writes(chat: RunningServi
 
 def test_a_whole_answer_has_the_form_of_openai(chat: RunningService) -> None:
     answer = post(chat, **GREEDY).json()
-    assert set(answer) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(answer) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert (answer["object"], answer["model"]) == ("chat.completion", "talker")
     (choice,) = answer["choices"]
     assert set(choice) == {"index", "message", "logprobs", "finish_reason"}

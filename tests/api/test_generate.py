@@ -64,14 +64,9 @@ def test_without_max_tokens_it_goes_on_to_the_end_of_the_context(running: Runnin
 
 
 @pytest.mark.usefixtures("still_good")
-def test_a_stream_that_fails_midway_ends_with_an_error_event(running: RunningService, gate: Gate) -> None:
-    gate.opened.set()
-    # Nearly uniform sampling over 300 tokens meets NAN_TOKEN_ID, and so NaN, within the context for some seed.
-    for seed in range(200):
-        fields = {"prompt": "The sea", "temperature": 2, "seed": seed, "max_tokens": 250}
-        answer = running.client.post("/generate", json=fields)
-        if answer.status_code == 500 and answer.json()["error"]["code"] == "engine_nonfinite":
-            break
+def test_a_stream_that_fails_midway_ends_with_an_error_event(running: RunningService) -> None:
+    fields = {"prompt": "The sea", "max_tokens": 5, "logit_bias": {str(NAN_TOKEN_ID): 100}}
+    answer = running.client.post("/generate", json=fields)
     assert_error(answer, 500, param=None, code="engine_nonfinite", message="NaN or infinite logits")
     response = running.client.post("/generate", json=fields | {"stream": True})
     assert response.status_code == 200

@@ -78,7 +78,7 @@ def test_a_failure_on_the_engine_thread_has_the_id_of_its_request(
     with caplog.at_level(logging.ERROR, "service.engine.engine"):
         response = running.client.post(
             "/v1/completions",
-            json={"prompt": [5, RAISE_TOKEN_ID], "max_tokens": 1},
+            json={"prompt": [8, RAISE_TOKEN_ID], "max_tokens": 1},
             headers={"X-Request-ID": "the-culprit"},
         )
         assert response.status_code == 500

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
+import socket
 import uuid
 
 import httpx
@@ -13,10 +15,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.errors import install_error_handlers
+from service.api.logs import JsonFormatter
 from service.api.middleware import RequestMiddleware
 from service.loading.progress import LoadProgress
 from service.metrics import Metrics
 from tests.api.support import RunningService, assert_error, eventually
+from tests.models import RAISE_TOKEN_ID
 
 
 @pytest.mark.parametrize("sent", ["abc", "A.b_c-9", "x" * 64])
@@ -65,3 +69,62 @@ def test_a_request_leaves_one_line_in_the_log_and_a_probe_none(
         assert eventually(lambda: len(caplog.messages) >= 1)
     assert len(caplog.messages) == 1
     assert re.fullmatch(r"other unknown 404 \d+\.\d{3} s", caplog.messages[0])
+
+
+SECRET = "a text that nobody else should read"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_the_line_of_a_request_has_its_figures_and_not_its_text(
+    running: RunningService, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    num_prompt_tokens = running.client.post("/tokenize", json={"prompt": SECRET}).json()["count"]
+    body = {"prompt": SECRET, "max_tokens": 3, "n": 2, "ignore_eos": True, "stream": stream, "user": SECRET}
+    with caplog.at_level(logging.DEBUG, "service"):
+        running.client.post("/v1/completions", json=body, headers={"X-Request-ID": "figures"})
+        assert eventually(lambda: any("/v1/completions" in message for message in caplog.messages))
+    (record,) = [record for record in caplog.records if "/v1/completions" in record.getMessage()]
+    figures = f"prompt_tokens {num_prompt_tokens}, generated_tokens 6, finish_reason length"
+    assert re.fullmatch(rf"POST /v1/completions 200 \d+\.\d{{3}} s, {figures}", record.getMessage())
+    entry = json.loads(JsonFormatter().format(record))
+    assert entry.items() >= {
+        *(("method", "POST"), ("route", "/v1/completions"), ("status", 200), ("finish_reason", "length")),
+        *(("prompt_tokens", num_prompt_tokens), ("generated_tokens", 6)),
+    }
+    assert entry["seconds"] > 0
+    assert not any("nobody else" in str(entry.__dict__) for entry in caplog.records)
+
+
+def test_a_request_that_ends_badly_has_a_line_too(running: RunningService, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "service.api.middleware"):
+        running.complete(prompt=[8, RAISE_TOKEN_ID], max_tokens=1)
+        assert eventually(lambda: any(message.startswith("POST") for message in caplog.messages))
+    expected = r"POST /v1/completions 500 \d+\.\d{3} s, prompt_tokens 2, generated_tokens 0, finish_reason error"
+    assert re.fullmatch(expected, caplog.messages[-1])
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_has_not_sent_a_bad_one(
+    running: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = running.metric("requests_total", route="/v1/completions", status="400")
+    gone = running.metric("requests_total", route="/v1/completions", status="499")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99"
+    with caplog.at_level(logging.INFO, "service.api.middleware"):
+        with socket.create_connection(("127.0.0.1", running.port)) as client:
+            client.sendall(head + b"\r\n\r\n{")
+        assert eventually(lambda: any(message.startswith("POST /v1/completions 499") for message in caplog.messages))
+    assert running.metric("requests_total", route="/v1/completions", status="499") == gone + 1
+    assert running.metric("requests_total", route="/v1/completions", status="400") == bad
+
+
+def test_prompts_are_logged_where_an_operator_wants_it(
+    chat: RunningService, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat.service.state, "log_prompts", True)
+    with caplog.at_level(logging.INFO, "service.api.generation"):
+        chat.complete(prompt=["the\nsea", [5, 6]], max_tokens=1)
+        chat.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "ahoy"}]})
+    first, second, third = caplog.messages
+    assert first == "prompt: the\nsea"
+    assert second.startswith("prompt: ")
+    assert "<|turn|>user\nahoy<|end|>" in third

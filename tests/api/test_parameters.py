@@ -83,6 +83,17 @@ def test_min_tokens_holds_the_end_off(running: RunningService) -> None:
     assert END_OF_TEXT not in held["text"]
 
 
+def test_min_tokens_holds_stop_strings_off_as_well(running: RunningService) -> None:
+    free = generate(running, **GREEDY)
+    stop = free["text"][:2]
+    assert generate(running, **GREEDY, stop=stop)["text"] == ""
+    held = generate(running, **GREEDY, stop=stop, min_tokens=20)
+    assert (held["text"], held["finish_reason"]) == (free["text"], "length")
+    later = generate(running, **GREEDY, stop=free["text"][-2:], min_tokens=1)
+    assert free["text"].startswith(later["text"])
+    assert (len(later["text"]) > 0, later["finish_reason"]) == (True, "stop")
+
+
 def test_a_stop_token_ends_the_text_before_it(running: RunningService) -> None:
     free = generate(running, **GREEDY)["token_ids"]
     last = next(i for i in range(2, len(free)) if free[i] not in free[:i])

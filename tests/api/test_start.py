@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from service.kernels import dispatch
 from service.loading.progress import Phase
 from tests.api.support import RunningService, assert_error, eventually, run_service, sse_events, start_service
 from tests.hub import serve_hub, use
@@ -32,8 +35,10 @@ def tiny(checkpoint: Callable[[str], Path]) -> dict[str, Any]:
         ({"kv_memory": 1}, 2, "KV"),
         ({"model": "/nowhere/model"}, 1, "/nowhere/model: no such directory"),
         ({"revision": "main"}, 2, "--revision main: .* is a local directory"),
+        ({"kv_memory": "900TiB"}, 2, "--kv-memory 989560464998400: only"),
+        ({"max_model_len": 256, "kv_memory": "64KiB"}, 2, "--max-model-len 256: the KV memory holds"),
     ],
-    ids=["pattern", "context", "KV memory", "path", "revision"],
+    ids=["pattern", "context", "KV memory", "path", "revision", "more than is free", "too little for the context"],
 )
 def test_a_load_that_fails_ends_the_service_with_its_code_and_message(
     tiny: dict[str, Any],
@@ -46,6 +51,15 @@ def test_a_load_that_fails_ends_the_service_with_its_code_and_message(
         assert running.wait_for_end() == exit_code
     assert caplog.messages[-1].startswith("the model cannot be served: ")
     assert re.search(message, caplog.messages[-1])
+
+
+@pytest.mark.skipif(not dispatch.obstacle("amx"), reason="this machine runs every kind of kernels")
+def test_kernels_that_the_machine_lacks_end_the_service_with_2(
+    tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with start_service(tiny | {"kernel_isa": "amx"}) as running:
+        assert running.wait_for_end() == 2
+    assert re.search("--kernel-isa amx: .*; use auto", caplog.messages[-1])
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,14 @@ def test_a_failed_load_is_told_as_long_as_asked(tiny: dict[str, Any]) -> None:
     assert running.service.exit_code == 1
 
 
+def test_the_receive_timeout_is_that_of_the_settings_also_when_nothing_is_served(tiny: dict[str, Any]) -> None:
+    settings = tiny | {"model": "/nowhere", "failed_linger": 600, "receive_timeout": 0.1}
+    with start_service(settings) as running, socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        client.settimeout(60)
+        assert client.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
 def test_what_does_not_finish_in_time_ends_with_an_error_event_and_done(tiny: dict[str, Any]) -> None:
     with run_service(tiny | {"drain_timeout": 0}) as running:
         fields = {"prompt": ["The sea"] * 8, "max_tokens": 240, "temperature": 0, "stream": True}
@@ -118,6 +140,28 @@ def test_what_does_not_finish_in_time_ends_with_an_error_event_and_done(tiny: di
             *_, last = sse_events("\n".join([first, *lines]))
         assert last["error"]["code"] == "shutdown"
         assert running.wait_for_end() == 0
+
+
+def test_an_end_does_not_wait_for_what_is_tokenized_for_others(tiny: dict[str, Any]) -> None:
+    opened = threading.Event()
+    with run_service(tiny) as running:
+        loop = running.service.state.router._loop
+        for _ in range(100):  # more than it has
+            loop.call_soon_threadsafe(loop.run_in_executor, None, opened.wait)
+        running.service.on_signal()
+        try:
+            assert eventually(lambda: _is_closed(running.port))
+        finally:
+            opened.set()
+        assert running.wait_for_end() == 0
+
+
+def _is_closed(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionError:
+        return True
+    return False
 
 
 def test_the_name_for_clients_can_be_chosen(tiny: dict[str, Any]) -> None:
@@ -134,6 +178,14 @@ def test_the_context_is_what_the_kv_memory_holds_if_that_is_less(tiny: dict[str,
         _assert_fits(running, 60, 4)
         refused = running.complete(prompt=[5] * 60, max_tokens=5)
         assert_error(refused, 400, param="max_tokens", code="context_length_exceeded", message="context is 64 tokens")
+
+
+def test_int8_holds_more_tokens_in_the_same_memory_and_metrics_tell_the_bytes(tiny: dict[str, Any]) -> None:
+    # 3 layers of 2 heads of 16 codes and a scale of 2 bytes, keys and values: 216 bytes for a token.
+    with run_service(tiny | {"kv_cache": "int8", "kv_memory": 216 * 64 + 215}) as running:
+        assert running.client.get("/v1/models").json()["data"][0]["max_model_len"] == 64
+        assert running.metric("memory_bytes", kind="kv_cache") == 216 * 64
+        _assert_fits(running, 60, 4)
 
 
 def _assert_fits(running: RunningService, num_prompt_tokens: int, max_tokens: int) -> None:

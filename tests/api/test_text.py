@@ -194,6 +194,33 @@ def test_a_stop_string_is_found_across_tokens() -> None:
     assert stream.stopped
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["one-by-one", "at-once"])
+def test_a_stop_string_counts_behind_the_text_of_the_first_tokens_only(at_once: bool) -> None:
+    text = "The sea was calm.\nThe sea was calm.\nThe sea"
+    ids = BYTE_LEVEL.tokenizer.encode(text).ids
+    half = BYTE_LEVEL.tokenizer.encode("The sea was calm.\nThe").ids
+    assert ids[: len(half)] == half
+    for min_tokens, expected in ((0, ""), (1, "The sea was calm.\n"), (len(half), text[:36]), (len(ids), text)):
+        stream = TextStream(BYTE_LEVEL, [], ["The"], min_tokens=min_tokens)
+        pieces = [stream.push(ids)] if at_once else [stream.push([i]) for i in ids]
+        assert "".join(pieces) + stream.finish() == expected
+        assert stream.stopped == (min_tokens < len(ids))
+
+
+def test_a_stop_string_that_begins_in_the_first_tokens_does_not_count() -> None:
+    ids = BYTE_LEVEL.tokenizer.encode("one.\n\ntwo").ids
+    for min_tokens in range(len(ids) + 1):
+        stream = TextStream(BYTE_LEVEL, [], ["one.\n\ntwo"], min_tokens=min_tokens)
+        stream.push(ids)
+        assert stream.stopped == (min_tokens == 0)
+
+
+def test_bytes_of_the_first_tokens_that_are_held_back_at_the_end_are_no_stop_string() -> None:
+    stream = TextStream(BYTE_FALLBACK, [1], ["\ufffd"], min_tokens=1)
+    assert stream.push([FIRST_BYTE_ID + 0xE2]) + stream.finish() == "\ufffd"
+    assert not stream.stopped
+
+
 def test_a_stop_string_in_the_bytes_held_back_at_the_end_still_counts() -> None:
     stream = TextStream(BYTE_FALLBACK, [1], ["\ufffd"])
     assert stream.push([FIRST_BYTE_ID + 0xE2]) == ""

@@ -20,15 +20,18 @@ TIMEOUT_S = 120.0
 class ServerProcess:
     """A started `pennyweight serve`.
 
+    Args:
+        module: what is run instead of the command, and takes the same arguments.
+
     Attributes:
         log: lines of stderr so far.
     """
 
-    def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str], *, module: str = "service") -> None:
         # Tests run beside one another: one thread each, unless a measurement asks for more.
         threads = () if "--threads" in arguments else ("--threads", "1")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service", "serve", "--port", "0", *threads, *arguments],
+            [sys.executable, "-m", module, "serve", "--port", "0", *threads, *arguments],
             cwd=ROOT,
             env=clean_environment() | dict(environment),
             stderr=subprocess.PIPE,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from service.kernels import dispatch
 from tests.e2e.support import ROOT, TIMEOUT_S, clean_environment, ready, started
 from tests.hub import TOKEN, Hub, serve_hub
 
@@ -27,7 +26,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     ("arguments", "environment", "message"),
     [
         (["serve", "--prot", "1"], {}, "--prot: no setting of version"),
-        (["serve"], {"PENNYWEIGHT_TWIN": "x"}, "PENNYWEIGHT_TWIN=x: not part of version"),
+        (["serve"], {"PENNYWEIGHT_VERIFY": "x"}, "PENNYWEIGHT_VERIFY=x: not part of version"),
         (["serve", "--config", "/nowhere"], {}, "--config /nowhere: cannot be read"),
         (["serve", "--host", "192.0.2.1"], {}, "--host 192.0.2.1 --port 8000: cannot listen there"),
     ],
@@ -41,28 +40,6 @@ def test_a_wrong_setting_is_2_with_one_line_and_no_traceback(
     assert done.stderr.startswith("pennyweight: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--kv-memory", "900TiB"], "--kv-memory 989560464998400: only"),
-        (["--max-model-len", "1024", "--kv-memory", "1MiB"], "--max-model-len 1024: the KV memory holds"),
-        (["--max-model-len", "2048"], "--max-model-len 2048: model was made for 1024 tokens"),
-    ],
-    ids=["more than is free", "too little for the context", "more than the context"],
-)
-def test_limits_that_do_not_fit_end_the_start_with_2(arguments: list[str], message: str) -> None:
-    with started(*arguments) as server:
-        assert server.exit_code() == 2
-    assert any(message in line for line in server.log), server.log
-
-
-@pytest.mark.skipif(not dispatch.obstacle("amx"), reason="this machine runs every kind of kernels")
-def test_kernels_that_the_machine_lacks_end_the_start_with_2() -> None:
-    with started(environment={"PENNYWEIGHT_KERNEL_ISA": "amx"}) as server:
-        assert server.exit_code() == 2
-    assert any("--kernel-isa amx: " in line and "; use auto" in line for line in server.log), server.log
 
 
 @pytest.fixture

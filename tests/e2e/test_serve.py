@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -12,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors import safe_open
 
 from service.demo import model_folder
-from tests.api.support import assert_error, sse_events
+from tests.api.support import assert_error, eventually, sse_events
 from tests.e2e.support import ready, started
 
 LONG = {"prompt": "The captain", "max_tokens": 900, "temperature": 0, "seed": 1, "stream": True}
@@ -136,13 +137,34 @@ def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones() -> None:
         with httpx.Client(base_url=client.base_url) as other:
             refused = other.get("/readyz")
             assert (refused.status_code, refused.json()["phase"]) == (503, "draining")
-            assert other.get("/livez").status_code == 200
-            assert_error(
-                other.post("/generate", json={"prompt": "a"}), 503, param=None, code="draining", message="draining"
-            )
+            live = other.get("/livez")
+            assert (live.status_code, live.headers["connection"]) == (200, "close")
+            refused = other.post("/generate", json={"prompt": "a"})
+            assert_error(refused, 503, param=None, code="draining", message="draining")
+            assert int(refused.headers["retry-after"]) >= 1
         events = sse_events("\n".join([text, *lines]))
         assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
         assert server.exit_code() == 0
+
+
+def test_an_interrupt_is_such_a_signal_and_what_does_not_finish_in_time_is_told() -> None:
+    with (
+        ready("--drain-timeout", "0.5", "--max-num-seqs", "1") as (server, client),
+        httpx.Client(base_url=client.base_url, timeout=client.timeout) as other,
+        ThreadPoolExecutor() as pool,
+    ):
+        # One after the other takes far longer than the service has left.
+        with client.stream("POST", "/v1/completions", json=LONG | {"n": 16, "ignore_eos": True}) as stream:
+            lines = stream.iter_lines()
+            text = next(lines)
+            waiting = pool.submit(other.post, "/generate", json={"prompt": "a"})
+            assert eventually(lambda: _metrics(client)["requests_waiting"] == 16)
+            server.process.send_signal(signal.SIGINT)
+            *_, last = sse_events("\n".join([text, *lines]))
+        assert last["error"]["code"] == "shutdown"
+        assert_error(waiting.result(), 503, param=None, code="shutdown", message="shuts down before this request")
+        assert server.exit_code() == 0
+    assert not any("Traceback" in line for line in server.log), server.log
 
 
 def test_a_second_signal_ends_at_once() -> None:
@@ -152,9 +174,3 @@ def test_a_second_signal_ends_at_once() -> None:
         server.wait_for_log("draining")
         server.process.send_signal(signal.SIGTERM)
         assert server.exit_code() == 1
-
-
-def test_a_missing_model_is_1_with_its_path() -> None:
-    with started("/nowhere/model") as server:
-        assert server.exit_code() == 1
-    assert "the model cannot be served: /nowhere/model: no such directory" in server.log[-1]
