@@ -28,7 +28,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from service.engine.attention import install
-from service.engine.engine import Engine, EngineConfig
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.engine.stats import StepStats
 from service.loading.loader import LoadOptions, load_model

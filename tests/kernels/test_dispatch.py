@@ -15,6 +15,7 @@ from service.errors import SettingError
 from service.kernels import dispatch, native, reference, self_check
 from service.numerics.encode import EncodedWeight, decode, encode
 from service.numerics.schemes import QuantScheme, parse_scheme
+from tests.kernels.support import computing_with
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SCHEMES = ["w8a16", "w8a16-g32", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
@@ -27,9 +28,8 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2 * 2**-8, torch.float16: 2**-11}
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every kind of kernels that this machine runs, one after another."""
-    dispatch.select_isa(request.param)
-    yield request.param
-    dispatch.select_isa("auto")
+    with computing_with(request.param):
+        yield request.param
 
 
 class Case(NamedTuple):

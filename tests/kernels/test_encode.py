@@ -17,6 +17,7 @@ from service.kernels import dispatch, native
 from service.numerics.encode import EncodedWeight, decode
 from service.numerics.encode import encode as encode_in_torch
 from service.numerics.schemes import QuantScheme, parse_scheme
+from tests.kernels.support import computing_with
 
 LIBRARY = native.load().library
 ISAS = [] if LIBRARY is None else [isa for isa in LIBRARY.isas if not LIBRARY.obstacle(isa)]
@@ -72,9 +73,8 @@ EXTREMES: dict[str, Callable[[torch.dtype], float]] = {  # what random numbers u
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine runs, one after another."""
     name: str = request.param
-    dispatch.select_isa(name)
-    yield name
-    dispatch.select_isa("auto")
+    with computing_with(name):
+        yield name
 
 
 @pytest.fixture
@@ -196,11 +196,8 @@ def test_other_weights_are_encoded_by_numerics(weight: Tensor) -> None:
 
 
 def test_without_native_kernels_numerics_encodes() -> None:
-    dispatch.select_isa("torch")
-    try:
+    with computing_with("torch"):
         assert dispatch.encode(random(40, 36), parse_scheme("w8a16")).pack_s > 0
-    finally:
-        dispatch.select_isa("auto")
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4), (4, 0)], ids=str)

@@ -21,6 +21,7 @@ from service.layers.linear import QuantizedLinear, quantized_linear
 from service.numerics.encode import encode
 from service.numerics.schemes import parse_scheme
 from tests.floors import ROOT
+from tests.kernels.support import computing_with
 
 SCHEMES = ["w8a16", "w8a16-g32", "w4a16-g64", "nf4"]
 LIBRARY = native.load().library
@@ -39,9 +40,8 @@ def library() -> Library:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine runs, one after another."""
     name: str = request.param
-    dispatch.select_isa(name)
-    yield name
-    dispatch.select_isa("auto")
+    with computing_with(name):
+        yield name
 
 
 @pytest.fixture

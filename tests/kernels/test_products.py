@@ -28,6 +28,7 @@ from torch import Tensor
 from service.kernels import dispatch, native
 from service.numerics.encode import EncodedWeight, decode, encode
 from service.numerics.schemes import QuantScheme, parse_scheme
+from tests.kernels.support import computing_with
 
 U, V = 2.0**-24, 2.0**-8
 LIBRARY = native.load().library
@@ -42,9 +43,8 @@ ROWS = [1, 2, 3, 4, 5, 8, 13, 16, 17, 33, 70, 130]  # of every loop: few, some, 
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine runs, one after another."""
     name: str = request.param
-    dispatch.select_isa(name)
-    yield name
-    dispatch.select_isa("auto")
+    with computing_with(name):
+        yield name
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def build(compiler: str, sanitize: str, folder: Path) -> Path:
     return program
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("sanitize", "subjects"),
     [("-fsanitize=address,undefined", []), ("-fsanitize=thread", ["threads", "encode"])],

@@ -17,6 +17,7 @@ from service.layers.fusion import fuse, num_fused_groups, unfuse, watch_siblings
 from service.layers.linear import QuantizedLinear, quantized_linear
 from service.numerics.encode import encode
 from service.numerics.schemes import parse_scheme
+from tests.kernels.support import computing_with
 
 SCHEMES = ["w8a16", "w8a16-g32", "w4a16-g64", "w4a16-g32-sym", "nf4", "fp4"]
 IN = 100
@@ -30,9 +31,8 @@ Called = Callable[["Trio", Tensor], object]
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
-    dispatch.select_isa(name)
-    yield name
-    dispatch.select_isa("auto")
+    with computing_with(name):
+        yield name
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
