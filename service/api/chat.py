@@ -18,6 +18,7 @@ from service.api.chunks import ChunkWriter, head_of_answer, usage_of
 from service.api.event_stream import open_stream
 from service.api.generation import Generation
 from service.api.openapi import worked
+from service.api.preparation import preparation
 from service.api.rendering import long_response
 from service.api.state import ServedModel, ServiceState
 from service.errors import InvalidRequest
@@ -33,9 +34,10 @@ def chat_router(state: ServiceState) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a chat, as the model's template writes it; by default to the end of the context."""
         served = state.require_served(body.model)
-        prompt_ids = await encode_chat(served, body.messages)
         with Generation(state, served) as generation:
-            await generation.start([prompt_ids], body, param="messages", default_max_tokens=None)
+            async with preparation(state, request):
+                prompt_ids = await encode_chat(served, body.messages)
+                await generation.start([prompt_ids], body, param="messages", default_max_tokens=None)
             generation.watch(request)
             if body.stream:
                 head = head_of_answer("chatcmpl", "chat.completion.chunk", state, served)

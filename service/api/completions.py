@@ -16,6 +16,7 @@ from service.api.chunks import ChunkWriter, head_of_answer, usage_of
 from service.api.event_stream import open_stream
 from service.api.generation import Generation
 from service.api.openapi import worked
+from service.api.preparation import preparation
 from service.api.rendering import long_response
 from service.api.schemas import CompletionRequest
 from service.api.state import ServiceState
@@ -33,7 +34,8 @@ def completions_router(state: ServiceState) -> APIRouter:
         served = state.require_served(body.model)
         with Generation(state, served) as generation:
             head = head_of_answer("cmpl", "text_completion", state, served)
-            await generation.start(body.prompt, body, param="prompt", default_max_tokens=_DEFAULT_MAX_TOKENS)
+            async with preparation(state, request):
+                await generation.start(body.prompt, body, param="prompt", default_max_tokens=_DEFAULT_MAX_TOKENS)
             generation.watch(request)
             if body.stream:
                 writer = _CompletionChunks(head, generation, body)

@@ -18,6 +18,7 @@ from service.api.event_stream import open_stream
 from service.api.generation import Generation
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import worked
+from service.api.preparation import preparation
 from service.api.rendering import long_response
 from service.api.schemas import GenerateRequest, Prompt
 from service.api.state import ServiceState
@@ -43,7 +44,8 @@ def generate_router(state: ServiceState) -> APIRouter:
         prompts, param = _prompts_of(body)
         head = {"model": state.model_name, "scheme": state.scheme}
         with Generation(state, state.require_served(body.model)) as generation:
-            await generation.start(prompts, body, param=param, default_max_tokens=None)
+            async with preparation(state, request):
+                await generation.start(prompts, body, param=param, default_max_tokens=None)
             generation.watch(request)
             write = partial(_logprobs, generation.logprobs, is_wanted=bool(body.logprobs))
             if body.stream:

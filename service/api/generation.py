@@ -95,7 +95,7 @@ class Generation:
             )
         loop = asyncio.get_running_loop()
         self._timers.append(loop.call_later(self._state.request_timeout_s, self._time_out))
-        self._check_room()  # a request that finds none costs no tokenizing
+        self._check_room(num_choices * len(prompts))  # a request that finds none costs no tokenizing
         codec = self._served.codec
         all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
         all_params = [
@@ -205,9 +205,9 @@ class Generation:
             text = prompt if isinstance(prompt, str) else codec.decode(prompt, skip_special_tokens=False)
             logger.info("prompt: %s", text[:_MAX_LOGGED_CHARACTERS])
 
-    def _check_room(self) -> None:
+    def _check_room(self, num_sequences: int) -> None:
         try:
-            self._served.engine.check_room()
+            self._served.engine.check_room(num_sequences)
         except (QueueFull, Unavailable) as error:
             self._count_rejected(error)
             raise

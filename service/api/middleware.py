@@ -36,6 +36,8 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",
 }
 """On every answer that does not say something else: none of them is a page, a frame, a script or for a cache."""
+_MAX_BODIES = 64
+"""Longest bodies whose bytes are held at once, of all requests together."""
 _NO_STATUS = 499
 """Counted for a request whose client left before an answer."""
 
@@ -55,6 +57,7 @@ class RequestMiddleware:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._is_closing = is_closing
+        self._held = _Held(_MAX_BODIES * max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection event."""
@@ -67,7 +70,7 @@ class RequestMiddleware:
         token = REQUEST_ID.set(request_id)
         record = new_record()
         started = time.monotonic()
-        body = _Body(receive, scope, self._max_body_bytes)
+        body = _Body(receive, scope, self._max_body_bytes, self._held)
         status = _NO_STATUS
 
         async def send_with_headers(message: Message) -> None:
@@ -90,6 +93,7 @@ class RequestMiddleware:
             else:
                 await self._app(scope, body.receive, send_with_headers)
         finally:
+            body.release()
             self._finish(scope, record, status=status, seconds=time.monotonic() - started)
             REQUEST_ID.reset(token)
 
@@ -105,17 +109,26 @@ class RequestMiddleware:
         logger.info("%s %s %d %.3f s%s", method, route, status, seconds, text, extra={"fields": fields})
 
 
+class _Held:
+    """Bytes of the bodies of all requests that are not answered, and how many there may be."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.num_bytes = 0
+
+
 class _Body:
     """The body of a request, no longer than the limit; asked for it, one that is longer is 413.
 
     Until then nothing of it is read, so that a request that is refused for another reason costs nothing.
     """
 
-    def __init__(self, receive: Receive, scope: Scope, limit: int) -> None:
+    def __init__(self, receive: Receive, scope: Scope, limit: int, held: _Held) -> None:
         headers = Headers(scope=scope)
         self._receive = receive
         self._scope = scope
         self._limit = limit
+        self._held = held
         self._num_bytes = 0
         self._is_expected = "expect" in headers
         # The HTTP parser has refused what is no number.
@@ -140,12 +153,20 @@ class _Body:
         if (error := _receipt_error(self._scope)) is not None:
             raise BodyRefused(error)
         self._num_bytes += len(message.get("body", b""))
+        self._held.num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._limit:
             self._is_too_long = True
             if message.get("more_body", False):
                 await _discard(self._receive, self._limit)
             raise BodyRefused(_too_large(self._limit))
+        if self._held.num_bytes > self._held.limit:
+            self._is_too_long = True  # no more of it is read
+            raise BodyRefused(_too_many(self._held.limit))
         return message
+
+    def release(self) -> None:
+        """The request is answered, and its bytes are gone."""
+        self._held.num_bytes -= self._num_bytes
 
 
 def _receipt_error(scope: Scope) -> RequestError | None:
@@ -163,6 +184,10 @@ async def _discard(receive: Receive, limit: int) -> None:
                 num_bytes += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return
+
+
+def _too_many(limit: int) -> Unavailable:
+    return Unavailable(f"the bodies of requests hold {limit} bytes, the limit; retry later", code="overloaded")
 
 
 def _too_large(limit: int) -> BodyTooLarge:

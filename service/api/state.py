@@ -30,7 +30,7 @@ class EngineHandle(Protocol):
     ) -> None:
         """Accept a sequence, or raise a `RequestError`."""
 
-    def check_room(self) -> None:
+    def check_room(self, num_sequences: int) -> None:
         """Raise the `RequestError` that `submit` raises for want of room."""
 
     def prepare_grammar(self, request_id: str, grammar: str) -> None:

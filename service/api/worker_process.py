@@ -51,6 +51,10 @@ class WorkerProcess:
         self._control: socket.socket | None = None
 
     async def ask(self, request: bytes, *, max_answer_bytes: int) -> bytes:
+        """See `_ask`; who no longer waits for the answer leaves the fork its place until it has ended."""
+        return await asyncio.shield(self._ask(request, max_answer_bytes))
+
+    async def _ask(self, request: bytes, max_answer_bytes: int) -> bytes:
         """The answer; nothing if there is none, because a limit was reached or the fork crashed.
 
         A process that ends under the request, also because another request found it stuck, is replaced once.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from service.engine.sequence import SamplingParams
-from service.errors import InvalidRequest, PromptTooLong
+from service.errors import InvalidRequest, PromptTooLong, QueueFull
+
+_MAX_RETRY_AFTER_S = 30  # official clients wait for a minute at most
 
 
 def check_token_ids(prompt_ids: Sequence[int], *, vocab_size: int) -> None:
@@ -46,3 +49,21 @@ def check_length(prompt_ids: Sequence[int], params: SamplingParams, *, max_model
         param="prompt" if len(prompt_ids) >= limit else "max_tokens",
         code="context_length_exceeded",
     )
+
+
+def check_queue(num_sequences: int, *, num_waiting: int, max_queue: int, queue_s: float) -> None:
+    """Refuse sequences for which the queue has no room; `queue_s` is how long the next to begin has waited.
+
+    Raises:
+        InvalidRequest: it never has room for as many.
+        QueueFull: it has none now.
+    """
+    if num_sequences > max_queue:
+        message = f"{num_sequences} texts at once, the queue holds {max_queue}; ask for fewer, or raise --max-queue"
+        raise InvalidRequest(message, code="queue_too_short")
+    if num_waiting + num_sequences > max_queue:
+        message = f"{num_waiting} texts wait, --max-queue allows {max_queue}; retry later"
+        error = QueueFull(message, code="queue_full")
+        # What has got through the queue has taken so long; sooner another try finds it as full.
+        error.retry_after_s = min(max(1, math.ceil(queue_s)), _MAX_RETRY_AFTER_S)
+        raise error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import nn
 from service.engine.allocator import BlockAllocator
 from service.engine.block_manager import BlockManager
 from service.engine.blocks import BLOCK_SIZE
-from service.engine.checks import check_length, check_token_ids
+from service.engine.checks import check_length, check_queue, check_token_ids
 from service.engine.config import EngineConfig
 from service.engine.execution import StepExecutor
 from service.engine.filters import check_supported
@@ -30,11 +29,10 @@ from service.engine.sampler import Sampler
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceEvent
 from service.engine.stats import EngineObserver, EnginePath, EngineState
-from service.errors import InvalidRequest, QueueFull, SettingError, Unavailable
+from service.errors import InvalidRequest, SettingError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-_MAX_RETRY_AFTER_S = 30  # official clients wait for a minute at most
 _LAST_STEP_S = 10.0  # how long `drain` and `stop` wait for the step that is under way
 _QUIET_S = 1.0  # without a request before blocks are checked, which takes 30 ms where there are 100,000
 
@@ -131,10 +129,15 @@ class Engine:
             )
             self._changed.notify_all()
 
-    def check_room(self) -> None:
-        """Raise QueueFull or Unavailable if `submit` would now, whatever it is given."""
+    def check_room(self, num_sequences: int) -> None:
+        """Raise what `submit` would raise now at one of so many sequences, whatever they are.
+
+        Raises:
+            InvalidRequest: the queue never holds as many.
+            QueueFull, Unavailable: as `submit`.
+        """
         with self._changed:
-            self._check_room()
+            self._check_room(num_sequences)
 
     def prepare_grammar(self, request_id: str, grammar: str) -> None:
         """Compile a grammar on the calling thread, for the `submit` that follows; else the engine waits for it.
@@ -323,16 +326,15 @@ class Engine:
             if events:
                 self._deliver(events)
 
-    def _check_room(self) -> None:
+    def _check_room(self, num_sequences: int = 1) -> None:
         if self._refusal is not None:
             raise Unavailable(self._refusal[0], code=self._refusal[1])
-        num_waiting = self._scheduler.num_waiting
-        if num_waiting >= self._config.max_queue:
-            message = f"{num_waiting} requests wait, all that --max-queue allows; retry later"
-            error = QueueFull(message, code="queue_full")
-            # What has got through the queue has taken so long; sooner another try finds it as full.
-            error.retry_after_s = min(max(1, math.ceil(self._scheduler.queue_s(time.monotonic()))), _MAX_RETRY_AFTER_S)
-            raise error
+        check_queue(
+            num_sequences,
+            num_waiting=self._scheduler.num_waiting,
+            max_queue=self._config.max_queue,
+            queue_s=self._scheduler.queue_s(time.monotonic()),
+        )
 
     def _refuse(self, message: str, code: str) -> None:
         if not self._has_failed:  # that reason stays

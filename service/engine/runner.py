@@ -118,9 +118,7 @@ class Runner:
         for i in order:
             stop += works[i].count
             stops[i] = stop
-        tails = [
-            tail for work, stop in zip(works, stops, strict=True) for tail in range(stop - work.num_logits, stop)
-        ]
+        tails = [tail for work, stop in zip(works, stops, strict=True) for tail in range(stop - work.num_logits, stop)]
         step = Step(self.kv, slots, self._fresh_blocks(ordered), list(self._spans(ordered)))
         return self._call(ids[None], positions[None], torch.tensor(tails, device=self._device), step)
 

@@ -136,9 +136,7 @@ class CacheRunner:
         config: Any = self._model.config
         return self._call(token_ids, 0, None if self._makes_cache else DynamicCache(config=config), columns)
 
-    def _call(
-        self, token_ids: list[int], start: int, cache: Any, columns: range | None = None
-    ) -> tuple[Tensor, Any]:
+    def _call(self, token_ids: list[int], start: int, cache: Any, columns: range | None = None) -> tuple[Tensor, Any]:
         """Compute tokens that follow the `start` tokens of a cache.
 
         Returns:

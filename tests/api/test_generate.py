@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.api.support import RunningService, assert_error, sse_events
-from tests.conftest import Gate
 from tests.models import CONTEXT, NAN_TOKEN_ID, build_tokenizer
 
 GREEDY: dict[str, Any] = {"prompt": "The sea", "max_tokens": 8, "temperature": 0}

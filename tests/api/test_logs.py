@@ -113,8 +113,8 @@ def test_lines_of_libraries_are_lines_of_this_log(capsys: pytest.CaptureFixture[
     adopt_library_logs()
     library.warning("from\nthe hub")
     logging.getLogger("transformers.test").error("from transformers")
-    logging.getLogger("uvicorn.error").warning("from uvicorn")
-    logging.getLogger("uvicorn.error").info("not told")
+    logging.getLogger("uvicorn.error").error("from uvicorn")
+    logging.getLogger("uvicorn.error").warning("not told")
     assert _entries(capsys.readouterr().err) == [
         ("huggingface_hub.test", "from\nthe hub"),
         ("transformers.test", "from transformers"),

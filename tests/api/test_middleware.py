@@ -11,7 +11,7 @@ import uuid
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 
 from service.api.errors import install_error_handlers
@@ -57,6 +57,34 @@ def test_a_defect_is_500_with_envelope_and_id_and_without_its_text() -> None:
     assert_error(response, 500, param=None, code="internal_error", message="the service failed on this request")
     assert response.headers["x-should-retry"] == "false"
     assert "secret" not in response.text
+
+
+def test_the_bodies_of_all_requests_together_are_bounded() -> None:
+    app = FastAPI()
+    install_error_handlers(app)
+    metrics = Metrics(CollectorRegistry(), LoadProgress(), model="m", scheme="none", device="cpu")
+    bounded = RequestMiddleware(app, metrics=metrics, max_body_bytes=1000)
+
+    async def post() -> tuple[list[int], int]:
+        answering = asyncio.Event()
+
+        @app.post("/hold")
+        async def hold(request: Request) -> None:
+            await request.body()
+            await answering.wait()
+
+        transport = httpx.ASGITransport(bounded)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            held = [asyncio.create_task(client.post("/hold", content=b"a" * 1000)) for _ in range(64)]
+            while (refused := await asyncio.wait_for(client.post("/hold", content=b"a" * 500), 60)).status_code != 503:
+                pass
+            assert_error(refused, 503, param=None, code="overloaded", message="hold 64000 bytes, the limit")
+            assert refused.headers["retry-after"] == "1"
+            answering.set()
+            answers = [answer.status_code for answer in await asyncio.gather(*held)]
+            return answers, (await client.post("/hold", content=b"a" * 1000)).status_code
+
+    assert asyncio.run(post()) == ([200] * 64, 200)
 
 
 def test_a_request_leaves_one_line_in_the_log_and_a_probe_none(

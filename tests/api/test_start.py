@@ -147,7 +147,7 @@ def test_an_end_does_not_wait_for_what_is_tokenized_for_others(tiny: dict[str, A
     with run_service(tiny) as running:
         loop = running.service.state.router._loop
         for _ in range(100):  # more than it has
-            loop.call_soon_threadsafe(loop.run_in_executor, None, opened.wait)
+            loop.call_soon_threadsafe(lambda: loop.run_in_executor(None, opened.wait))
         running.service.on_signal()
         try:
             assert eventually(lambda: _is_closed(running.port))

@@ -115,7 +115,7 @@ class RemoteEngine:
         check_length(prompt_ids, params, max_model_len=config.max_model_len, num_slots=config.max_model_len)
         self._call("submit", request_id, list(prompt_ids), params, **options)
 
-    def check_room(self) -> None:
+    def check_room(self, num_sequences: int) -> None:
         """Never full, as far as this process knows."""
 
     def prepare_grammar(self, request_id: str, grammar: str) -> None:

@@ -146,6 +146,7 @@ def put_under_load(folder: Path, load: Load) -> None:
         for request, reply in zip(requests, replies, strict=True):
             check_reply(request, reply, tokenizer)
         check_variety(running, engine, replies)
+        del requests, replies
         engine.forget()
         assert eventually(lambda: not left_over(before)), left_over(before)
 
