@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.api.sampling import check_prompt_logprobs
+from service.api.schemas import CompletionRequest, GenerateRequest
+from service.errors import InvalidRequest
 from tests.api.support import RunningService, assert_error, build_chat_tokenizer, sse_events
 from tests.models import END_OF_TEXT, build_model, build_tokenizer
 
@@ -189,17 +192,15 @@ def test_no_tokens_are_generated_only_if_the_prompt_is_told(running: RunningServ
     assert_error(refused, 400, param="max_tokens", code="invalid_value", message="1, or prompt_logprobs as well")
 
 
-def test_a_request_is_told_so_many_log_probabilities_of_prompts_and_no_more(running: RunningService) -> None:
-    fields = {"prompt": [[7] * 200] * 128, "n": 1, "max_tokens": 1, "echo": True, "logprobs": 20}
-    message = "logprobs is 20 for 25600 prompt tokens, which makes 537600 log-probabilities; at most 262144"
-    assert_error(running.complete(**fields), 400, param="logprobs", code="invalid_value", message=message)
-    assert_error(
-        running.client.post("/generate", json={"prompts": [[7] * 200] * 128, "prompt_logprobs": 20}),
-        400,
-        param="prompt_logprobs",
-        code="invalid_value",
-        message="537600",
-    )
+def test_a_request_is_told_so_many_log_probabilities_of_prompts_and_no_more() -> None:
+    completion = CompletionRequest(prompt=["a"], echo=True, logprobs=20)
+    native = GenerateRequest(prompt="a", prompt_logprobs=20)
+    message = " is 20 for 25600 prompt tokens, which makes 537600 log-probabilities; at most 262144"
+    for fields, param in ((completion, "logprobs"), (native, "prompt_logprobs")):
+        check_prompt_logprobs(fields, 262144 // 21)
+        with pytest.raises(InvalidRequest, match=f"^{param}{message}") as caught:
+            check_prompt_logprobs(fields, 25600)
+        assert caught.value.param == param
 
 
 def test_a_wrong_token_id_is_refused_before_it_is_decoded(running: RunningService) -> None:

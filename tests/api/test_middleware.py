@@ -152,7 +152,7 @@ def test_prompts_are_logged_where_an_operator_wants_it(
     with caplog.at_level(logging.INFO, "service.api.generation"):
         chat.complete(prompt=["the\nsea", [5, 6]], max_tokens=1)
         chat.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "ahoy"}]})
-    first, second, third = caplog.messages
+    first, second, third = [r.getMessage() for r in caplog.records if r.name == "service.api.generation"]
     assert first == "prompt: the\nsea"
     assert second.startswith("prompt: ")
     assert "<|turn|>user\nahoy<|end|>" in third

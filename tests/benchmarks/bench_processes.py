@@ -86,9 +86,10 @@ def checkpoint(model: str) -> Iterator[list[str]]:
         yield []
         return
     with tempfile.TemporaryDirectory() as folder:
-        make = [sys.executable, str(ROOT / "deploy" / "make_model.py"), "--shape", model, folder]
+        out = Path(folder) / model
+        make = [sys.executable, "-m", "deploy.make_model", "--shape", model, str(out)]
         subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
-        yield [folder, "--max-model-len", "1024", "--kv-memory", "256MiB"]
+        yield [str(out), "--max-model-len", "1024", "--kv-memory", "256MiB"]
 
 
 def measure(model: str, num_rounds: int, threads: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_full_queue_refuses_and_takes_again_when_it_has_moved(llama: PreTraine
         assert gate.reached.wait(TIMEOUT_S)
         engine.submit("1", make_prompt(4), greedy(2))
         engine.submit("2", make_prompt(4), greedy(2))
-        with pytest.raises(QueueFull, match="2 requests wait, all that --max-queue allows; retry later"):
+        with pytest.raises(QueueFull, match="2 texts wait, --max-queue allows 2; retry later"):
             engine.submit("3", make_prompt(4), greedy(2))
         assert engine.state().num_waiting == 2
         gate.opened.set()
