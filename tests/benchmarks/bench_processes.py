@@ -98,7 +98,7 @@ def measure(model: str, num_rounds: int, threads: str) -> dict[str, Any]:
         arguments = stack.enter_context(checkpoint(model))
         services = []
         for path in MODULES:
-            services.append(Served(path, ["--threads", threads, *arguments]))
+            services.append(Served(path, ["--threads", threads, "--queue-timeout", "600", *arguments]))
             stack.callback(services[-1].close)
         rounds: list[dict[str, Turn]] = []
         for number in range(num_rounds + 1):

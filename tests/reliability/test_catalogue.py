@@ -21,6 +21,8 @@ from tests.reliability.catalogue import KINDS, Case, cases, names
 from tests.reliability.conftest import KEY
 from tests.reliability.wire import Answer, Peer, request
 
+pytestmark = pytest.mark.reliability
+
 SEED, NIGHTLY_SEED = 6, 1122
 NUM_CASES, NUM_NIGHTLY_CASES = 1500, 40_000
 MAX_ERROR_BYTES = 4096

@@ -17,6 +17,8 @@ from tests.reliability.conftest import KEY
 from tests.reliability.fields import MESSAGES
 from tests.reliability.wire import request
 
+pytestmark = pytest.mark.reliability
+
 NUM_DEPARTURES, NUM_NIGHTLY_DEPARTURES = 150, 5000
 MOST_OPEN = 12
 _RESET = struct.pack("ii", 1, 0)

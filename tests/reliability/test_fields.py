@@ -15,6 +15,8 @@ from tests.api.support import RunningService, sse_events
 from tests.reliability.conftest import CONTEXT
 from tests.reliability.fields import ROUTES, Place, all_places, numbers_of, places
 
+pytestmark = pytest.mark.reliability
+
 PLACES = all_places()
 NUMBERS = [place for place in PLACES if place.schema.get("type") in ("integer", "number")]
 CAPS = {"string": ("maxLength", "enum", "const"), "array": ("maxItems",), "object": ("maxProperties", "x-max-bytes")}

@@ -25,6 +25,8 @@ from service.api.schemas import CompletionRequest, GenerateRequest
 from tests.api.support import RunningService
 from tests.reliability.conftest import KEY
 
+pytestmark = pytest.mark.reliability
+
 SEED = 20
 NUM_EXAMPLES, NUM_NIGHTLY_EXAMPLES = 5, 1000
 REQUESTS = (ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest)
