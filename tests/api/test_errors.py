@@ -142,7 +142,7 @@ def _walk(running: RunningService) -> list[Any]:
         _post(running, "{"),
         _post(running, '{"prompt": 5}'),
         running.complete(prompt="a", model="../../etc/passwd"),
-        running.complete(prompt="a", model="/root/.ssh"),
+        running.complete(prompt="a", model="/home/user/.ssh"),
         running.complete(prompt=[5, RAISE_TOKEN_ID], max_tokens=1),
         running.complete(prompt=[5] * 300),
         _post(running, b"{" * 200_000),
