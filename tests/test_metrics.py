@@ -59,7 +59,6 @@ STEP = StepStats(
     num_sequences=3,
     num_tokens=40,
     num_prompt_tokens=38,
-    num_sampled=3,
     inter_token_s=(0.003, 0.004),
     first_token_s=(0.5,),
     queue_s=(0.1,),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -10,9 +9,12 @@ from service.engine.sequence import FinishReason, Sequence, TokenLogprobs
 from service.engine.stats import StepStats
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """The share of one sequence in a step: `count` tokens from `position` on."""
+    """The share of one sequence in a step: `count` tokens from `position` on.
+
+    Nobody changes one; it is not frozen because each step makes one for each sequence, in a third of the time.
+    """
 
     sequence: Sequence
     position: int
@@ -39,12 +41,6 @@ class Work:
         if self.sequence.params.num_prompt_logprobs is None:
             return 1
         return self.num_scored + (self.samples or not self.num_scored)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """How many of the tokens are computed as a prompt is; generated ones too, if they are computed again."""
-        is_decode = self.count == 1 and self.position >= self.sequence.num_prompt_tokens
-        return 0 if is_decode else self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +97,16 @@ class Intervals:
     first_token_s: list[float] = field(default_factory=list)
 
 
-def step_stats(batch: Batch, outcomes: Mapping[str, Outcome], intervals: Intervals, now: float) -> StepStats:
-    """The figures of a step that ended at `now`."""
-    num_tokens = sum(work.count for work in batch.works)
-    num_prompt_tokens = sum(work.num_prompt_tokens for work in batch.works)
+def step_stats(batch: Batch, intervals: Intervals, now: float) -> StepStats:
+    """The figures of a step that ended at `now`.
+
+    Tokens count as a prompt's that are computed as those are; generated ones too, if they are computed again.
+    """
+    num_tokens = num_prompt_tokens = 0
+    for work in batch.works:
+        num_tokens += work.count
+        if work.count > 1 or work.position < work.sequence.num_prompt_tokens:
+            num_prompt_tokens += work.count
     kind: Literal["prefill", "decode", "mixed"] = "mixed"
     if num_prompt_tokens in (0, num_tokens):
         kind = "prefill" if num_prompt_tokens else "decode"
@@ -114,14 +116,9 @@ def step_stats(batch: Batch, outcomes: Mapping[str, Outcome], intervals: Interva
         num_sequences=len(batch.works),
         num_tokens=num_tokens,
         num_prompt_tokens=num_prompt_tokens,
-        num_sampled=sum(_has_token(outcome) for outcome in outcomes.values()),
         inter_token_s=tuple(intervals.inter_token_s),
         first_token_s=tuple(intervals.first_token_s),
         queue_s=batch.queue_s,
         num_hit_tokens=batch.num_hit_tokens,
         num_preempted=len(batch.preempted),
     )
-
-
-def _has_token(outcome: Outcome) -> bool:
-    return isinstance(outcome, Token) or (isinstance(outcome, Scores) and outcome.token is not None)

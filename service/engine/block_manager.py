@@ -40,7 +40,8 @@ class BlockManager:
         if num_missing + num_spare > self._allocator.num_available - num_idle_hits:
             return False
         self._allocator.share(hits)
-        sequence.block_table = hits + self._allocator.allocate(num_missing, after=hits[-1] if hits else None)
+        missing = self._allocator.allocate(num_missing, after=hits[-1] if hits else None)
+        sequence.block_table = array("q", hits + missing)
         sequence.num_computed = sequence.num_confirmed = len(hits) * self.block_size
         return True
 
@@ -59,11 +60,11 @@ class BlockManager:
     def grow(self, sequence: Sequence) -> bool:
         """Give a decoding sequence a block for its last token if it has none; False if none is available."""
         table = sequence.block_table
-        if self._num_blocks_of(len(sequence.token_ids)) <= len(table):
+        if len(sequence.token_ids) <= len(table) * self.block_size:
             return True
         if self._allocator.num_available == 0:
             return False
-        table += self._allocator.allocate(1, after=table[-1])
+        table.extend(self._allocator.allocate(1, after=table[-1]))
         return True
 
     def may_grow(self, sequence: Sequence) -> bool:
@@ -75,7 +76,7 @@ class BlockManager:
         """Publish the full blocks behind which finite logits have been seen now."""
         first, stop = sequence.num_confirmed // self.block_size, sequence.num_computed // self.block_size
         sequence.num_confirmed = sequence.num_computed
-        if self._prefix_cache and first < stop:
+        if first < stop and self._prefix_cache:
             self._extend_hashes(sequence, stop)
             for index in range(first, stop):
                 self._allocator.publish(sequence.block_table[index], sequence.block_hashes[index])
@@ -89,7 +90,7 @@ class BlockManager:
             for block in sequence.block_table:
                 self._allocator.unpublish(block)
         self._allocator.free(reversed(sequence.block_table))
-        sequence.block_table = []
+        sequence.block_table = array("q")
         sequence.num_computed = sequence.num_confirmed = 0
 
     def check_integrity(self, sequences: Collection[Sequence]) -> None:

@@ -157,20 +157,34 @@ def cut(logits: Tensor, params: SamplingParams, inverse_temperature: Tensor) -> 
     return logits.masked_fill(~is_kept | (weights < params.min_p), -math.inf)
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The first largest of each row of logits float32[rows, vocab] without NaN, in a tenth of the time of `argmax`.
+def block_maxima(logits: Tensor) -> Tensor:
+    """The largest of each block of tokens of contiguous logits float32[rows, vocab]: [rows, blocks].
+
+    NaN counts as the largest value.
+    """
+    num_rows, vocab_size = logits.shape
+    num_blocks = vocab_size // _BLOCK
+    if num_blocks * _BLOCK == vocab_size:
+        return logits.view(num_rows, num_blocks, _BLOCK).amax(2)
+    maxima = logits[:, : num_blocks * _BLOCK].view(num_rows, num_blocks, _BLOCK).amax(2)
+    return torch.cat([maxima, logits[:, num_blocks * _BLOCK :].amax(1, keepdim=True)], dim=1)
+
+
+def likeliest(logits: Tensor, maxima: Tensor) -> Tensor:
+    """The first largest of each row of contiguous logits float32[rows, vocab] without NaN, much sooner than `argmax`.
+
+    Args:
+        maxima: `block_maxima` of the logits.
 
     Returns:
         int64[rows].
     """
-    num_rows, vocab_size = logits.shape
-    num_blocks = vocab_size // _BLOCK
-    maxima = logits[:, : num_blocks * _BLOCK].view(num_rows, num_blocks, _BLOCK).amax(2)
-    if num_blocks * _BLOCK < vocab_size:
-        maxima = torch.cat([maxima, logits[:, num_blocks * _BLOCK :].amax(1, keepdim=True)], dim=1)
-    block = maxima.argmax(1, keepdim=True)
-    ids = (block * _BLOCK + torch.arange(_BLOCK, device=logits.device)).clamp(max=vocab_size - 1)
-    return ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))[:, 0]
+    vocab_size = logits.shape[1]
+    width = min(_BLOCK, vocab_size)
+    # The last block may be shorter: before it are tokens of others, none of which is as large.
+    starts = (maxima.argmax(1) * _BLOCK).clamp_(max=vocab_size - width)
+    places = starts + torch.arange(0, logits.numel(), vocab_size, device=logits.device)
+    return starts + logits.view(-1).unfold(0, width, 1).index_select(0, places).argmax(1)
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

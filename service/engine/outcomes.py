@@ -22,22 +22,28 @@ def read_outcomes(logits: Tensor, works: Seq[Work], sampler: Sampler) -> dict[st
     Returns:
         By request id, of each work that samples or scores.
     """
-    stops = list(accumulate(work.num_logits for work in works))  # behind the last row of each
     sampling = [row for row, work in enumerate(works) if work.samples]
-    sampled = logits if len(sampling) == len(logits) else logits[[stops[row] - 1 for row in sampling]]
-    sequences = [works[row].sequence for row in sampling]
-    outcomes: dict[str, Token | Failure] = {
-        sequence.request_id: sampler.failure(sequence.request_id) if token is None else token
-        for sequence, token in zip(sequences, sampler.sample(sampled, sequences), strict=True)
-    }
-    scores: dict[str, Outcome] = {}
+    if len(sampling) == len(logits):  # each work has one row, so there is nothing to score
+        return dict(_sample(logits, works, sampler))
+    stops = list(accumulate(work.num_logits for work in works))  # behind the last row of each
+    tokens = _sample(logits[[stops[row] - 1 for row in sampling]], [works[row] for row in sampling], sampler)
+    outcomes: dict[str, Outcome] = dict(tokens)
     for work, stop in zip(works, stops, strict=True):
-        if work.sequence.params.num_prompt_logprobs is not None and work.num_scored:
-            token = outcomes.get(work.sequence.request_id)
+        if work.num_scored:
+            token = tokens.get(work.sequence.request_id)
             if not isinstance(token, Failure):
                 scored = logits[stop - work.num_logits :][: work.num_scored]
-                scores[work.sequence.request_id] = _score(work, scored, token)
-    return outcomes | scores
+                outcomes[work.sequence.request_id] = _score(work, scored, token)
+    return outcomes
+
+
+def _sample(logits: Tensor, works: Seq[Work], sampler: Sampler) -> dict[str, Token | Failure]:
+    """The next token of each work, or why there is none."""
+    sequences = [work.sequence for work in works]
+    return {
+        sequence.request_id: sampler.failure(sequence.request_id) if token is None else token
+        for sequence, token in zip(sequences, sampler.sample(logits, sequences), strict=True)
+    }
 
 
 def _score(work: Work, logits: Tensor, token: Token | None) -> Scores | Failure:

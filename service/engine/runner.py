@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from service.engine.attention import STEP_KEYWORD, Chunk, Decodes, Span, Step, install
+from service.engine.attention import STEP_KEYWORD, Step, install
 from service.engine.batch import Work
 from service.engine.blocks import Capacity, KVBlocks, plan_capacity
 from service.engine.config import KVFormat
 from service.engine.filters import first_position
+from service.engine.inputs import pack
 from service.engine.stats import EnginePath
-
-_PADDING_SLACK_BLOCKS = 16
-"""Sequences whose lengths differ by no more are attended in one batch: another one costs more than the padding."""
 
 
 class ModelRunner(Protocol):
@@ -108,19 +106,8 @@ class Runner:
     @torch.inference_mode()
     def forward(self, works: Sequence[Work]) -> Tensor:
         """See `ModelRunner`; all works are one row of tokens."""
-        # Decodes first and by length, so that those of similar length lie next to each other.
-        order = sorted(range(len(works)), key=lambda i: (works[i].count > 1, works[i].position))
-        ordered = [works[i] for i in order]
-        columns = torch.tensor(_columns(ordered, self.kv.block_size), device=self._device)
-        ids, positions, slots = columns.unbind()
-        stops = [0] * len(works)
-        stop = 0
-        for i in order:
-            stop += works[i].count
-            stops[i] = stop
-        tails = [tail for work, stop in zip(works, stops, strict=True) for tail in range(stop - work.num_logits, stop)]
-        step = Step(self.kv, slots, self._fresh_blocks(ordered), list(self._spans(ordered)))
-        return self._call(ids[None], positions[None], torch.tensor(tails, device=self._device), step)
+        ids, positions, tails, step = pack(works, self.kv, self._device, reads_in_place=self._reads_in_place)
+        return self._call(ids[None], positions[None], tails, step)
 
     def make_deterministic(self) -> None:
         """See `ModelRunner`; keys that are read in place lie now in a row, now apart, and differently aligned."""
@@ -145,80 +132,3 @@ class Runner:
         if logits.shape[0] != tails.shape[0]:  # the model ignores `logits_to_keep` and returns every column
             logits = logits[tails]
         return logits.float()
-
-    def _fresh_blocks(self, works: Iterable[Work]) -> Tensor | None:
-        """Blocks that a work begins and does not fill."""
-        size = self.kv.block_size
-        fresh = []
-        for work in works:
-            index, filled = divmod(work.position + work.count, size)
-            if filled and index * size >= work.position:
-                fresh.append(work.sequence.block_table[index])
-        return torch.tensor(fresh, device=self._device) if fresh else None
-
-    def _spans(self, works: Sequence[Work]) -> Iterator[Span]:
-        """Split columns into batches of decodes of similar length and single chunks."""
-        start = 0
-        while works:
-            num_rows = _num_similar_decodes(works, self.kv.block_size)
-            group, works = works[: max(1, num_rows)], works[max(1, num_rows) :]
-            stop = start + sum(work.count for work in group)
-            yield self._decodes(start, stop, group) if num_rows > 1 else self._chunk(start, stop, group[0])
-            start = stop
-
-    def _decodes(self, start: int, stop: int, works: Sequence[Work]) -> Decodes:
-        lengths = [work.position + 1 for work in works]
-        width = _num_blocks(max(lengths), self.kv.block_size)
-        tables = []
-        for work, length in zip(works, lengths, strict=True):
-            table = work.sequence.block_table
-            num_blocks = _num_blocks(length, self.kv.block_size)
-            tables.append(table[:num_blocks] + table[:1] * (width - num_blocks))
-        return Decodes(
-            start,
-            stop,
-            lengths=torch.tensor(lengths, device=self._device),
-            block_tables=torch.tensor(tables, device=self._device),
-        )
-
-    def _chunk(self, start: int, stop: int, work: Work) -> Chunk:
-        num_blocks = _num_blocks(work.position + work.count, self.kv.block_size)
-        table = work.sequence.block_table[:num_blocks]
-        is_run = table[-1] - table[0] == num_blocks - 1 and all(b == table[0] + i for i, b in enumerate(table))
-        return Chunk(
-            start,
-            stop,
-            position=work.position,
-            first_slot=table[0] * self.kv.block_size if is_run and self._reads_in_place else None,
-            block_table=torch.tensor([table], device=self._device),
-        )
-
-
-def _columns(works: Iterable[Work], block_size: int) -> list[list[int]]:
-    """Token ids, positions and slots of the row."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    for work in works:
-        span = range(work.position, work.position + work.count)
-        table = work.sequence.block_table
-        ids += work.sequence.token_ids[span.start : span.stop]
-        positions += span
-        slots += [table[position // block_size] * block_size + position % block_size for position in span]
-    return [ids, positions, slots]
-
-
-def _num_similar_decodes(works: Sequence[Work], block_size: int) -> int:
-    """How many leading works are decodes that one batch can hold without padding any of them much."""
-    shortest = _num_blocks(works[0].position + 1, block_size)
-    limit = max(2 * shortest, shortest + _PADDING_SLACK_BLOCKS)
-    num_rows = 0
-    for work in works:
-        if work.count > 1 or _num_blocks(work.position + 1, block_size) > limit:
-            break
-        num_rows += 1
-    return num_rows
-
-
-def _num_blocks(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from service.engine.batch import NONFINITE, Failure, Token
-from service.engine.candidates import draw, likeliest
+from service.engine.candidates import block_maxima, draw, likeliest
 from service.engine.grammar import Grammars
 from service.engine.logprobs import read_logprobs
 from service.engine.penalties import Adjuster
-from service.engine.sequence import Sequence, TokenLogprobs
+from service.engine.sequence import Sequence
 
 
 class Sampler:
@@ -45,37 +45,53 @@ class Sampler:
         Returns:
             A token for each row; None where there is none, as `failure` tells.
         """
+        logits = logits.contiguous()
         asking = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
         unchanged = _copy(logits, asking) if asking else None
-        logits, peaks = logits.contiguous(), logits.amax(1)  # NaN counts as the largest value
-        self._adjuster.apply(logits, sequences)
-        verdicts = self._grammars.take(sequences)
-        if verdicts.masks:
-            _apply_masks(logits, verdicts.masks)
-        tokens = self._choose(logits, sequences, (peaks.isfinite() & logits.amax(1).isfinite()).tolist())
-        tokens |= {row: token_id for row, token_id in verdicts.ends.items() if row in tokens}
-        self._failures = {sequences[row].request_id: failure for row, failure in verdicts.failures.items()}
-        for row in verdicts.failures:
-            tokens.pop(row, None)
-        logprobs: dict[int, TokenLogprobs] = {}
-        if unchanged is not None:
-            chosen = [tokens.get(row, 0) for row in asking]
-            counts = [sequences[row].params.num_logprobs or 0 for row in asking]
-            logprobs = dict(zip(asking, read_logprobs(unchanged, chosen, counts), strict=True))
+        maxima = block_maxima(logits)
+        is_usable = _are_finite(maxima)
+        self._failures = {}
+        ends: Mapping[int, int] = {}
+        if not all(sequence.params.takes_logits_as_they_are for sequence in sequences):
+            ends = self._change(logits, sequences)
+            maxima = block_maxima(logits)
+            is_usable = [before and after for before, after in zip(is_usable, _are_finite(maxima), strict=True)]
+        tokens = self._choose(logits, maxima, sequences, is_usable)
+        tokens |= {row: token_id for row, token_id in ends.items() if row in tokens}
+        if unchanged is None:
+            return [
+                None if token_id is None else Token(token_id) for token_id in map(tokens.get, range(len(sequences)))
+            ]
+        chosen = [tokens.get(row, 0) for row in asking]
+        counts = [sequences[row].params.num_logprobs or 0 for row in asking]
+        logprobs = dict(zip(asking, read_logprobs(unchanged, chosen, counts), strict=True))
         return [Token(tokens[row], logprobs.get(row)) if row in tokens else None for row in range(len(sequences))]
 
     def failure(self, request_id: str) -> Failure:
         """Why the last `sample` gave a sequence no token: logits with NaN, +inf or nothing but -inf, or its grammar."""
         return self._failures.get(request_id, NONFINITE)
 
-    def _choose(self, logits: Tensor, sequences: Seq[Sequence], is_usable: Seq[bool]) -> dict[int, int]:
+    def _change(self, logits: Tensor, sequences: Seq[Sequence]) -> Mapping[int, int]:
+        """Apply penalties, biases and grammars; says which rows end with which token, and notes which fail."""
+        self._adjuster.apply(logits, sequences)
+        verdicts = self._grammars.take(sequences)
+        if verdicts.masks:
+            _apply_masks(logits, verdicts.masks)
+        for row, failure in verdicts.failures.items():
+            self._failures[sequences[row].request_id] = failure
+            logits[row] = math.nan
+        return verdicts.ends
+
+    def _choose(self, logits: Tensor, maxima: Tensor, sequences: Seq[Sequence], is_usable: Seq[bool]) -> dict[int, int]:
         """Tokens of the usable rows."""
         rows = [row for row, usable in enumerate(is_usable) if usable]
         greedy = [row for row in rows if sequences[row].params.temperature == 0]
-        random = [row for row in rows if sequences[row].params.temperature > 0]
         tokens: dict[int, int] = {}
         if greedy:
-            tokens |= zip(greedy, likeliest(_rows(logits, greedy)).tolist(), strict=True)
+            tokens |= zip(greedy, likeliest(_rows(logits, greedy), _rows(maxima, greedy)).tolist(), strict=True)
+            if len(greedy) == len(rows):
+                return tokens
+        random = [row for row in rows if sequences[row].params.temperature > 0]
         if random:
             params = [sequences[row].params for row in random]
             uniforms = torch.stack([self._uniform(sequences[row]) for row in random]).to(logits.device)
@@ -105,6 +121,11 @@ class Sampler:
         drawn = torch.rand((), dtype=torch.float64, generator=generator)
         self._uniforms[request_id] = sequence.num_generated, drawn
         return drawn
+
+
+def _are_finite(maxima: Tensor) -> list[bool]:
+    """Of each row whether the largest is a number; for so few that is told sooner in Python than by torch."""
+    return list(map(math.isfinite, maxima.amax(1).tolist()))
 
 
 def _apply_masks(logits: Tensor, masks: Mapping[int, bytearray]) -> None:

@@ -119,11 +119,10 @@ class Scheduler:
         None if there is nothing to compute.
         """
         self._remove_aborted(now)
-        works, preempted = self._decodes()
+        works, prompts, preempted = self._split()
         limit = self._max_prompt_tokens(len(works))
-        for sequence in self._running:
-            if _num_uncomputed(sequence) > 1:
-                limit -= self._add_chunk(works, sequence, limit)
+        for sequence in prompts:
+            limit -= self._add_chunk(works, sequence, limit)
         queue_s: list[float] = []
         num_hit_tokens = 0
         while limit > 0 and not preempted and (admitted := self._admit()) is not None:
@@ -141,7 +140,7 @@ class Scheduler:
             sequence = work.sequence
             sequence.num_computed += work.count
             outcome = outcomes.get(sequence.request_id)
-            if sequence.request_id in self._aborted or outcome is None:
+            if outcome is None or sequence.request_id in self._aborted:
                 continue
             if isinstance(outcome, Failure):
                 self._finish(sequence, outcome.reason, now, error=outcome.error)
@@ -151,7 +150,7 @@ class Scheduler:
             if token is not None:
                 self._append(sequence, token, now, intervals)
         self._remove_aborted(now)
-        stats = step_stats(batch, outcomes, intervals, now)
+        stats = step_stats(batch, intervals, now)
         if self._pacer is not None:
             self._pacer.observe(stats)
         return stats
@@ -172,20 +171,26 @@ class Scheduler:
         """Assert the same of blocks alone, which `add` and `abort` leave as they are."""
         self._blocks.check_integrity(self._running)
 
-    def _decodes(self) -> tuple[list[Work], list[str]]:
-        """The next token of each sequence that decodes, the oldest first, and the request ids of those sent back."""
+    def _split(self) -> tuple[list[Work], list[Sequence], list[str]]:
+        """The next token of each running sequence that decodes, the others, and the request ids of those sent back.
+
+        The oldest come first.
+        """
         works: list[Work] = []
+        prompts: list[Sequence] = []
         preempted: list[str] = []
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
-            if _num_uncomputed(sequence) == 1:
-                if not self._blocks.grow(sequence):
-                    preempted.append(self._preempt_youngest())
-                    continue  # once more, unless it was this one
+            if len(sequence.token_ids) - sequence.num_computed > 1:
+                prompts.append(sequence)
+            elif self._blocks.grow(sequence):
                 works.append(Work(sequence, sequence.num_computed, 1))
+            else:
+                preempted.append(self._preempt_youngest())
+                continue  # once more, unless it was this one
             index += 1
-        return works, preempted
+        return works, prompts, preempted
 
     def _preempt_youngest(self) -> str:
         assert len(self._running) > 1, "one sequence alone finds no block"
@@ -205,7 +210,7 @@ class Scheduler:
         """Add what a step computes of a prompt if it may have `limit` more tokens; says how many that are."""
         if limit <= 0:
             return 0
-        count = _num_uncomputed(sequence)
+        count = len(sequence.token_ids) - sequence.num_computed
         most = limit if self._chunked else count
         if sequence.num_to_score and self._max_num_scored is not None:
             num_told = max(0, sequence.num_scored - sequence.num_computed)
@@ -260,7 +265,8 @@ class Scheduler:
         elif sequence.num_generated == sequence.params.max_tokens:
             self._finish(sequence, FinishReason.LENGTH, now, token=token)
         else:
-            self._events.append(SequenceEvent(request_id=sequence.request_id, **_news(token)))
+            logprobs = () if token.logprobs is None else (token.logprobs,)
+            self._events.append(SequenceEvent(sequence.request_id, (token.token_id,), logprobs))
 
     def _remove_aborted(self, now: float) -> None:
         if self._aborted:
@@ -294,10 +300,6 @@ class Scheduler:
         if was_running:
             is_sound = reason not in (FinishReason.ERROR, FinishReason.NONFINITE)
             self._blocks.release(sequence, is_sound=is_sound)
-
-
-def _num_uncomputed(sequence: Sequence) -> int:
-    return len(sequence.token_ids) - sequence.num_computed
 
 
 def _news(token: Token | None, *, is_stop: bool = False) -> _News:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -52,6 +53,8 @@ class SamplingParams:
             which tokens may come, also against `min_tokens`. None for any text.
         num_logprobs: likeliest tokens whose log-probabilities come with each token's own; None for no such numbers.
         num_prompt_logprobs: the same for the tokens of the prompt from the second on.
+        takes_logits_as_they_are: whether nothing but temperature, top_k, top_p and min_p has a say, as follows from
+            the others.
     """
 
     max_tokens: int
@@ -69,6 +72,12 @@ class SamplingParams:
     grammar: str | None = None
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    takes_logits_as_they_are: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        is_penalized = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        is_changed = is_penalized or self.logit_bias or self.min_tokens or self.grammar is not None
+        object.__setattr__(self, "takes_logits_as_they_are", not is_changed)
 
 
 class TokenLogprobs(NamedTuple):
@@ -98,8 +107,7 @@ class SequenceTimings:
     total_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceEvent:
+class SequenceEvent(NamedTuple):
     """News of one sequence from one step; the terminal one has a `finish_reason` and comes exactly once.
 
     Attributes:
@@ -133,7 +141,7 @@ class Sequence:
         num_computed: leading tokens whose keys and values are in the KV blocks.
         num_confirmed: leading tokens behind which logits were finite, or that others have computed.
         num_scored: leading tokens of the prompt behind which logits were turned into `prompt_logprobs`.
-        block_table: KV blocks in order of position.
+        block_table: KV blocks in order of position; an array, as each step copies it.
         block_hashes: of leading full blocks, as far as they were needed.
         submitted_at, scheduled_at, first_token_at, last_token_at: `time.monotonic` seconds.
     """
@@ -148,7 +156,7 @@ class Sequence:
     num_computed: int = 0
     num_confirmed: int = 0
     num_scored: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("q"))
     block_hashes: list[bytes] = field(default_factory=list)
     scheduled_at: float | None = None
     first_token_at: float | None = None

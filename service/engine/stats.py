@@ -32,7 +32,6 @@ class StepStats:
         seconds: schedule to commit, monotonic.
         num_sequences, num_tokens: what the forward held.
         num_prompt_tokens: of those, prompt tokens, and generated ones that are computed again.
-        num_sampled: tokens sampled.
         inter_token_s: for each sampled token but a sequence's first, seconds since the one before.
         first_token_s: for each sequence whose first token this was, seconds since submit.
         queue_s: for each sequence first scheduled in this step, seconds since submit.
@@ -45,7 +44,6 @@ class StepStats:
     num_sequences: int
     num_tokens: int
     num_prompt_tokens: int
-    num_sampled: int
     inter_token_s: tuple[float, ...]
     first_token_s: tuple[float, ...]
     queue_s: tuple[float, ...]

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from array import array
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _decode(block_table: list[int], position: int) -> Work:
         num_prompt_tokens=1,
         params=SamplingParams(max_tokens=position + 1, temperature=0),
         submitted_at=0.0,
-        block_table=block_table,
+        block_table=array("q", block_table),
     )
     return Work(sequence, position, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def sequences() -> list[Sequence]:
             num_prompt_tokens=length,
             params=greedy(1),
             submitted_at=0.0,
-            block_table=list(range(i * BLOCKS_PER_SEQUENCE, (i + 1) * BLOCKS_PER_SEQUENCE)),
+            block_table=array("q", range(i * BLOCKS_PER_SEQUENCE, (i + 1) * BLOCKS_PER_SEQUENCE)),
         )
         for i, length in enumerate(LENGTHS)
     ]

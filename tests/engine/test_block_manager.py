@@ -82,7 +82,7 @@ def test_what_is_not_confirmed_is_not_found() -> None:
     manager.confirm(first)
     manager.confirm(second)  # nothing is computed yet
     manager.check_integrity([first, second])
-    assert first.block_table[:2] == [allocator.find(block_hash) for block_hash in first.block_hashes]
+    assert list(first.block_table[:2]) == [allocator.find(block_hash) for block_hash in first.block_hashes]
 
 
 def test_running_sequences_share_blocks_and_write_to_their_own() -> None:
@@ -109,7 +109,7 @@ def test_hits_that_nobody_holds_are_not_counted_as_available_too() -> None:
     assert allocator.num_cached == 3
     again = make_sequence(list(range(12)))
     assert not manager.admit(again, num_spare=1)
-    assert again.block_table == []
+    assert not again.block_table
     assert manager.admit(again, num_spare=0)
     assert again.num_computed == 8
 
@@ -183,4 +183,4 @@ def test_a_sequence_that_grows_finds_no_block_when_none_is_available() -> None:
     assert not manager.grow(sequence)
     allocator.free(taken)
     assert manager.grow(sequence)
-    assert sequence.block_table == [0, 1]
+    assert list(sequence.block_table) == [0, 1]

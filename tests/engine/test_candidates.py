@@ -13,7 +13,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from service.engine.candidates import NUM_CANDIDATES, Candidates, Limits, cut, draw, find_candidates, likeliest, top
+from service.engine.candidates import (
+    NUM_CANDIDATES,
+    Candidates,
+    Limits,
+    block_maxima,
+    cut,
+    draw,
+    find_candidates,
+    likeliest,
+    top,
+)
 from service.engine.sequence import SamplingParams
 
 SHAPES = {"flat": 0.1, "even": 1.0, "peaked": 5.0}
@@ -165,7 +175,7 @@ def test_the_likeliest_is_the_first_of_the_largest(vocab_size: int) -> None:
     logits = torch.cat([make_logits(vocab_size, rows=9), make_logits(vocab_size, rows=9).round()])
     logits[0] = -torch.inf
     logits[0, -1] = -1e38
-    for row, token in zip(logits.tolist(), likeliest(logits).tolist(), strict=True):
+    for row, token in zip(logits.tolist(), likeliest(logits, block_maxima(logits)).tolist(), strict=True):
         assert token == row.index(max(row))
 
 

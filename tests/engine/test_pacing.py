@@ -22,7 +22,6 @@ def stats(num_prompt_tokens: int, *, slowness: float = 1.0, num_decodes: int = 1
         num_sequences=num_decodes + 1,
         num_tokens=num_prompt_tokens + num_decodes,
         num_prompt_tokens=num_prompt_tokens,
-        num_sampled=0,
         inter_token_s=(),
         first_token_s=(),
         queue_s=(),

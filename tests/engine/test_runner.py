@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ def test_a_layer_that_attends_twice_is_refused() -> None:
         num_prompt_tokens=2,
         params=greedy(1),
         submitted_at=0.0,
-        block_table=[0],
+        block_table=array("q", [0]),
     )
     with pytest.raises(UnsupportedModel, match="layer 0 attends twice in one forward"):
         Runner(model).forward([Work(sequence, 0, 2)])

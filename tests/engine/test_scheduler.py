@@ -138,9 +138,9 @@ def test_step_stats_count_tokens_and_intervals() -> None:
         stats.append(scheduler.commit(batch, outcomes_of(batch), started_at + 0.5))
     first, second, third = stats
     assert [s.kind for s in stats] == ["prefill", "mixed", "decode"]
-    assert (first.num_tokens, first.num_prompt_tokens, first.num_sampled, first.num_sequences) == (4, 4, 1, 2)
+    assert (first.num_tokens, first.num_prompt_tokens, first.num_sequences) == (4, 4, 2)
     assert (first.queue_s, first.first_token_s, first.inter_token_s) == ((1.0, 1.0), (1.5,), ())
-    assert (second.num_tokens, second.num_prompt_tokens, second.num_sampled) == (3, 2, 2)
+    assert (second.num_tokens, second.num_prompt_tokens) == (3, 2)
     assert (second.first_token_s, second.inter_token_s, second.seconds) == ((2.5,), (1.0,), 0.5)
     assert third.inter_token_s == (2.0, 2.0)
 
@@ -174,7 +174,7 @@ def timed_chunks(pacer: StepPacer | None, num_prompt_tokens: int = 600) -> list[
             scheduler.add(make_sequence("prompt", num_prompt_tokens, 500))
         batch = scheduler.schedule(now)
         assert batch is not None
-        count = sum(work.num_prompt_tokens for work in batch.works)
+        count = sum(work.count for work in batch.works if work.position < work.sequence.num_prompt_tokens)
         now += 0.010 + 0.001 * count
         stats = scheduler.commit(batch, outcomes_of(batch), now)
         if number >= 10 and count:
