@@ -7,14 +7,18 @@ known only when the model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from statistics import fmean
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from service import __version__
 from service.engine.sequence import FinishReason, SequenceTimings
@@ -55,6 +59,32 @@ class ModelFigures:
     device_memory: Callable[[], Mapping[str, int]]
 
 
+class TokenHistogram(Collector):
+    """A histogram of what each token of a step gives: values come together, in a tenth of the time of one by one.
+
+    Args:
+        buckets: their upper bounds, rising; the last one, infinity, is added.
+    """
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self._name, self._text = name, text
+        self._bounds = (*buckets, math.inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, values: Sequence[float]) -> None:
+        """Add values, none of them NaN."""
+        for value in values:
+            self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += sum(values)
+
+    def collect(self) -> Iterator[Metric]:
+        """One family."""
+        bounds = map(floatToGoString, self._bounds)
+        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
 class Metrics(Collector):
     """All series; also the engine's observer.
 
@@ -85,7 +115,10 @@ class Metrics(Collector):
         self._first_token_s = self._histogram(
             "time_to_first_token_seconds", "Submit to first token sampled.", _FIRST_TOKEN_BUCKETS
         )
-        self._inter_token_s = self._histogram("inter_token_seconds", "From one token to the next.", _TOKEN_BUCKETS)
+        self._inter_token_s = TokenHistogram(
+            f"{PREFIX}_inter_token_seconds", "From one token to the next.", _TOKEN_BUCKETS
+        )
+        self._own.register(self._inter_token_s)
         self._request_s = self._histogram("request_seconds", "Submit to end, whatever the reason.", _REQUEST_BUCKETS)
         self._step_s = self._histogram("step_seconds", "One engine step.", _TOKEN_BUCKETS, "kind")
         self._batch_sequences = self._histogram("batch_sequences", "Sequences of a step.", _SEQUENCE_BUCKETS)
@@ -113,8 +146,7 @@ class Metrics(Collector):
         self._engine_tokens.inc(stats.num_tokens)
         self._hit_tokens.inc(stats.num_hit_tokens)
         self._preemptions.inc(stats.num_preempted)
-        for seconds in stats.inter_token_s:
-            self._inter_token_s.observe(seconds)
+        self._inter_token_s.observe(stats.inter_token_s)
         for seconds in stats.first_token_s:
             self._first_token_s.observe(seconds)
         for seconds in stats.queue_s:
@@ -139,12 +171,30 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All series with their common labels."""
+        for metric in self._families():
+            metric.samples = [sample._replace(labels=self._labels | sample.labels) for sample in metric.samples]
+            yield metric
+
+    def text(self) -> str:
+        """All series in Prometheus' text format, the very bytes that `generate_latest` makes of them.
+
+        It takes less than half of the time, in which a step may have to wait for the interpreter: names are valid by
+        construction, and common labels are escaped once instead of for each sample.
+        """
+        common = list(map(_label, self._labels.items()))
+        lines = []
+        for metric in self._families():
+            name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+            lines += [f"# HELP {name} {metric.documentation}", f"# TYPE {name} {metric.type}"]
+            for sample in metric.samples:
+                labels = ",".join(sorted([*common, *map(_label, sample.labels.items())]))
+                lines.append(f"{sample.name}{{{labels}}} {floatToGoString(sample.value)}")  # type: ignore[no-untyped-call]
+        return "\n".join(lines) + "\n"
+
+    def _families(self) -> Iterator[Metric]:
+        """All series without their common labels."""
         for metric in (*self._own.collect(), *self._gauges()):
-            metric.samples = [
-                sample._replace(labels=self._labels | sample.labels)
-                for sample in metric.samples
-                if not sample.name.endswith("_created")
-            ]
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             if metric.samples:
                 yield metric
 
@@ -200,6 +250,11 @@ def _load_gauges(report: LoadReport) -> Iterator[Metric]:
         "stat",
         {"max": max(errors), "mean": fmean(errors)},
     )
+
+
+def _label(item: tuple[str, str]) -> str:
+    name, value = item
+    return '{}="{}"'.format(name, value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\""))
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

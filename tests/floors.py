@@ -58,7 +58,7 @@ FLOORS = [
             "access": {"settings"},
             "assembly": {"settings", "demo"},
             "app": {"settings", "access", "assembly"},
-            "commands": {"settings"},
+            "commands": {"settings", "assembly"},
             "cli": {"settings", "access", "invocation", "demo", "app", "commands"},
             "__main__": {"cli"},
         },
@@ -72,11 +72,17 @@ EXTRA_PACKAGES = {
     "service.api.limits": {"limits"},
     "service.api.matchers": {"llguidance"},
     "service.api.template_worker": {"transformers", "jinja2"},  # a process of its own
+    "service.loading.hub_headers": {"httpx2"},  # the errors of huggingface_hub's connections
     "service.reports.progress": {"rich"},
     "service.reports.doctor": {"rich", "torch", "huggingface_hub"},
     "service.reports.bench_runs": {"torch"},
     "service.reports.bench_kernels": {"torch"},
     "service.reports.bench_table": {"rich"},
+    "service.reports.plan": {"rich"},
+    "service.reports.bench_client": {"httpx2"},
+    "service.reports.bench_serve_table": {"rich"},
+    "service.reports.bench_serve_plot": {"matplotlib"},
+    "service.reports.terminal": {"rich"},
 }
 
 

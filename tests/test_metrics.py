@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service import __version__
 from service.engine.sequence import FinishReason, SequenceTimings
 from service.engine.stats import EngineState, StepStats
+from service.loading import memory
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LayerReport, LoadReport, WeightBytes
 from service.metrics import Metrics, ModelFigures
@@ -96,6 +97,20 @@ def _samples(metrics: Metrics) -> dict[str, float]:
             assert sample.name.startswith("pennyweight_")
             found[sample.name.removeprefix("pennyweight_") + (f"{{{labels}}}" if labels else "")] = sample.value
     return found
+
+
+@pytest.mark.parametrize("name", ["m", 'a "quoted"\nname\\', "ünï/世界"], ids=["plain", "escapes", "unicode"])
+def test_the_text_is_that_of_the_client_library(
+    progress: LoadProgress, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 2**40 + 4096)  # else it changes from one reading to the next
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 4096)
+    metrics = Metrics(CollectorRegistry(), progress, model=name, scheme="w8a16", device="cpu")
+    _load(metrics)
+    metrics.on_step(STEP)
+    metrics.on_finished(FinishReason.STOP, TIMINGS)
+    metrics.requests.labels(route="/generate", status="200").inc()
+    assert metrics.text().encode() == generate_latest(metrics.registry)
 
 
 def test_before_the_load_nothing_of_the_model_is_exported(metrics: Metrics) -> None:

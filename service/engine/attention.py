@@ -16,22 +16,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from service.engine.blocks import KVBlocks
 from service.errors import UnsupportedModel
+from service.kernels import dispatch
+from service.kernels.native_attention import Attention
 
 ATTENTION_NAME = "pennyweight"
 """Name under which the attention and mask functions are registered."""
 
 STEP_KEYWORD = "pennyweight_step"
 """Keyword of `forward` that carries the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """What a layer asks for: score factor, sliding window in tokens, score cap, sink logits float[heads]."""
-
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Tensor | None
 
 
 @dataclass(slots=True)
@@ -42,7 +34,7 @@ class Span:
     stop: int
     biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, init=False)
 
-    def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: AttentionOptions) -> Tensor:
+    def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: Attention) -> Tensor:
         """Attend queries [stop - start, heads, dk] to all tokens of their sequences: [stop - start, heads, dv]."""
         raise NotImplementedError
 
@@ -59,8 +51,11 @@ class Decodes(Span):
     lengths: Tensor
     block_tables: Tensor
 
-    def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: AttentionOptions) -> Tensor:
-        """See `Span.attend`; the query heads of one KV head become rows of one product."""
+    def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: Attention) -> Tensor:
+        """See `Span.attend`; the query heads of one KV head become rows of one product where no kernel is."""
+        out = _attend_in_blocks(queries, kv, layer_idx, self.block_tables, self.lengths, options)
+        if out is not None:
+            return out
         keys, values = kv.gather(layer_idx, self.block_tables)
         bias = self._bias(keys.shape[1], options.sliding_window, queries.dtype)
         return _attend_single_tokens(queries, keys, values, bias, options)
@@ -84,16 +79,22 @@ class Chunk(Span):
 
     Attributes:
         position: of the first of them.
+        lengths: int64[1], tokens that it sees, itself included.
         first_slot: slot of the sequence's first token if its blocks follow one another, else None.
         block_table: int64[1, n].
     """
 
     position: int
+    lengths: Tensor
     first_slot: int | None
     block_table: Tensor
 
-    def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: AttentionOptions) -> Tensor:
+    def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: Attention) -> Tensor:
         """See `Span.attend`; only keys that some query sees are read."""
+        if len(queries) == 1:
+            out = _attend_in_blocks(queries, kv, layer_idx, self.block_table, self.lengths, options)
+            if out is not None:
+                return out
         window = options.sliding_window
         first = 0 if window is None else max(0, self.position - window + 1)
         last = self.position + self.stop - self.start
@@ -184,7 +185,7 @@ def attend(
     step.append(layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
     queries = query[0].transpose(0, 1)
     factor = queries.shape[-1] ** -0.5 if scaling is None else scaling
-    options = AttentionOptions(factor, sliding_window, softcap, s_aux)
+    options = Attention(factor, sliding_window, softcap, s_aux)
     if len(step.spans) == 1:
         return step.spans[0].attend(queries, step.kv, layer_idx, options)[None], None
     parts = [span.attend(queries[span.start : span.stop], step.kv, layer_idx, options) for span in step.spans]
@@ -225,8 +226,15 @@ def set_attention(model: nn.Module, name: str | None) -> None:
         model.set_attn_implementation(name)
 
 
+def _attend_in_blocks(
+    queries: Tensor, kv: KVBlocks, layer_idx: int, tables: Tensor, lengths: Tensor, options: Attention
+) -> Tensor | None:
+    """Attend queries [rows, heads, dk], one per sequence, natively; None where no kernel does."""
+    return dispatch.attend(queries, *kv.stored(layer_idx), tables=tables, lengths=lengths, how=options)
+
+
 def _attend_single_tokens(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: AttentionOptions
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: Attention
 ) -> Tensor:
     """Attend queries [rows, heads, dk], one per sequence, to keys [rows, n, kv_heads, dk]."""
     rows, heads, _ = queries.shape
@@ -237,7 +245,7 @@ def _attend_single_tokens(
     return out.reshape(rows, heads, -1)
 
 
-def _attend_chunk(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, options: AttentionOptions) -> Tensor:
+def _attend_chunk(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, options: Attention) -> Tensor:
     """Attend queries [count, heads, dk] of one sequence to keys [n, kv_heads, dk] under bias [count, n]."""
     kv_heads = keys.shape[1]
     shape = (kv_heads, queries.shape[1] // kv_heads)
@@ -250,7 +258,7 @@ def _attend_chunk(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, o
 
 
 def _attention(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sinks: Tensor | None, options: AttentionOptions
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sinks: Tensor | None, options: Attention
 ) -> Tensor:
     """Softmax attention of [.., q, dk] to [.., n, dk]; `bias` and `sinks` broadcast to the scores [.., q, n]."""
     if options.softcap is None and sinks is None:

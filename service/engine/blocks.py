@@ -9,6 +9,7 @@ from torch import Tensor
 from service.engine.config import KVFormat
 from service.engine.kv_stores import STORES, KVStore
 from service.errors import SettingError
+from service.kernels.native_attention import Stored
 
 BLOCK_SIZE = 16
 """Tokens per KV block."""
@@ -128,6 +129,10 @@ class KVBlocks:
         keys, values = (stores[layer_idx].gather(blocks) for stores in (self._keys, self._values))
         shape = (len(block_tables), -1)
         return keys.view(*shape, *keys.shape[2:]), values.view(*shape, *values.shape[2:])
+
+    def stored(self, layer_idx: int) -> tuple[Stored, Stored]:
+        """Keys and values of a layer as they lie."""
+        return self._keys[layer_idx].stored, self._values[layer_idx].stored
 
     def view(self, layer_idx: int, first_slot: int, last_slot: int) -> tuple[Tensor, Tensor]:
         """Slots `first_slot .. last_slot - 1`: [n, kv_heads, dk] and [n, kv_heads, dv]; a copy only from int8."""

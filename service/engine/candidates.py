@@ -1,4 +1,6 @@
-"""Draws from temperature, top_k, top_p and min_p, many rows at once, without sorting the vocabulary.
+"""Draws from temperature, top_k, top_p and min_p by torch, many rows at once, without sorting the vocabulary.
+
+The oracle of the kernels that do the same, and what computes where there are none.
 
 What a row gives depends on its own logits, parameters and uniform number only, never on its neighbours or
 on how many candidates were looked at.
@@ -27,7 +29,7 @@ _BLOCK = 256
 """Tokens that are summed or compared first, when one of the whole vocabulary is drawn or is the likeliest."""
 _SLAB = 2**18
 """Logits that are copied at once: pages of larger arrays go back to the system and are faulted in at every step."""
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Limits:
         """Collect parameters whose temperatures are above 0."""
         return Limits(
             # Limited, so that a tiny temperature gives no infinity, whose product with 0 would be NaN.
-            torch.tensor([[1 / max(p.temperature, _TINY)] for p in params], device=device),
+            torch.tensor([[1 / max(p.temperature, TINY)] for p in params], device=device),
             torch.tensor([[p.top_k] for p in params], device=device),
             torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=device),
             torch.tensor([[p.min_p] for p in params], device=device),
@@ -134,10 +136,11 @@ def cut(logits: Tensor, params: SamplingParams, inverse_temperature: Tensor) -> 
     It keeps what `find_candidates` keeps of the whole vocabulary, without sorting it: tokens are counted into
     buckets by how far below the peak they are, and only in the bucket at the edge they are told apart.
     """
-    distances = (logits.amax() - logits).mul_(inverse_temperature)
+    peak = logits.amax() + 0.0  # no -0: distances from it would be -0 too, whose bits are not those of 0
+    distances = (peak - logits).mul_(inverse_temperature)
     buckets = (distances.view(torch.int32) >> _BUCKET_BITS).long()  # their bits rise as positive floats do
     is_kept = torch.ones_like(logits, dtype=torch.bool)
-    if params.top_k:
+    if 0 < params.top_k < len(logits):
         reached = torch.bincount(buckets, minlength=_NUM_BUCKETS).cumsum(0)
         edge = int(torch.searchsorted(reached, params.top_k))
         num_nearer = int(reached[edge - 1]) if edge else 0

@@ -30,7 +30,7 @@ class EngineConfig:
         vocab_size: token ids are below it.
         num_threads: torch threads of the engine thread; None leaves torch's choice.
         prefix_cache: keep the KV blocks of ended sequences for others that begin alike; on the packed path only.
-        step_budget_ms: how long a step should take at most in which a prompt is computed beside decodes.
+        step_budget_ms: by how much prompts may prolong a step that also decodes.
         deterministic: compute each sequence in forwards of its own and always in the same chunks, without the
             prefix cache, so that its tokens and log-probabilities are the same bits whatever its neighbours.
         least_step_limit_s: a step is never thought to be stuck sooner.

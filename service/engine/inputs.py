@@ -61,7 +61,14 @@ def pack(works: Sequence[Work], kv: KVBlocks, device: torch.device, *, reads_in_
             span: Span = Decodes(start, stop, lengths=lengths, block_tables=tables.view(len(group), -1))
         else:
             first_slot = _first_slot(group[0], kv.block_size) if reads_in_place else None
-            span = Chunk(start, stop, position=group[0].position, first_slot=first_slot, block_table=tables[None])
+            span = Chunk(
+                start,
+                stop,
+                position=group[0].position,
+                lengths=lengths,
+                first_slot=first_slot,
+                block_table=tables[None],
+            )
         spans.append(span)
         start = stop
     return Inputs(ids, positions, tails, Step(kv, slots, fresh if len(fresh) else None, spans))

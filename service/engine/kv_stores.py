@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from service.engine.config import KVFormat
+from service.kernels.native_attention import Stored
 
 _LARGEST_CODE = 127
 _SCALE_DTYPE = torch.bfloat16
@@ -46,6 +47,10 @@ class KVStore(Protocol):
     def read(self, first_slot: int, last_slot: int) -> Tensor:
         """Rows of slots `first_slot .. last_slot - 1`: [n, kv_heads, size]; a copy only where it must be."""
 
+    @property
+    def stored(self) -> Stored:
+        """All blocks, as they are."""
+
 
 class PlainStore:
     """Rows in the dtype in which they come. A `KVStore`."""
@@ -74,6 +79,11 @@ class PlainStore:
     def read(self, first_slot: int, last_slot: int) -> Tensor:
         """See `KVStore`; never a copy."""
         return self._slots[first_slot:last_slot]
+
+    @property
+    def stored(self) -> Stored:
+        """See `KVStore`."""
+        return Stored(self._blocks)
 
 
 class Int8Store:
@@ -114,6 +124,11 @@ class Int8Store:
         """See `KVStore`; always a copy."""
         codes, scales = (slots[first_slot:last_slot] for slots in (self._slot_codes, self._slot_scales))
         return decode(codes, scales, self._dtype)
+
+    @property
+    def stored(self) -> Stored:
+        """See `KVStore`."""
+        return Stored(self._codes, self._scales)
 
 
 STORES: Mapping[KVFormat, type[KVStore]] = MappingProxyType({"auto": PlainStore, "int8": Int8Store})

@@ -28,8 +28,11 @@ class StepSize(NamedTuple):
 class StepPacer:
     """Predicts `seconds = decode step + prompt tokens * seconds per prompt token` from the steps so far.
 
+    The budget is for the prompts alone: of a budget for the whole step a slow model's decodes would leave them
+    nothing, and a prompt would take many times as long as alone. So both halves wait for each other, no more.
+
     Args:
-        budget_s: how long a step that decodes should take at most.
+        budget_s: by how much prompts should prolong a step that decodes, at most.
         least_tokens: prompt tokens that a step may hold in any case, so that prompts get on.
     """
 
@@ -52,8 +55,7 @@ class StepPacer:
         """Prompt tokens of a step that also decodes; None while nothing is known."""
         if not self._token_s.value:
             return None
-        left_s = self._budget_s - (self._decode_s.value or 0.0)
-        return max(self._least_tokens, int(left_s / self._token_s.value))
+        return max(self._least_tokens, int(self._budget_s / self._token_s.value))
 
     def assume(self, token_s: float) -> None:
         """Take so long for a prompt token in `longest_s`, until a step has shown it."""

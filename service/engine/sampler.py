@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
 from service.engine.batch import NONFINITE, Failure, Token
-from service.engine.candidates import block_maxima, draw, likeliest
+from service.engine.choice import draw, find_peaks
 from service.engine.grammar import Grammars
 from service.engine.logprobs import read_logprobs
 from service.engine.penalties import Adjuster
 from service.engine.sequence import Sequence
+
+_NUM_UNIFORMS = 32
+_MOST_KEPT = 2**22
+"""Logits that are copied to an array which is kept: a new one is faulted in page by page, which takes as long again."""
 
 
 class Sampler:
@@ -26,8 +30,9 @@ class Sampler:
 
     def __init__(self, grammars: Grammars | None = None) -> None:
         self._grammars = grammars or Grammars()
-        self._generators: dict[str, torch.Generator] = {}
-        self._uniforms: dict[str, tuple[int, Tensor]] = {}  # the last one drawn, and for which token
+        self._streams: dict[str, Iterator[float]] = {}
+        self._uniforms: dict[str, tuple[int, float]] = {}  # the last one drawn, and for which token
+        self._unchanged: Tensor | None = None
         self._adjuster = Adjuster()
         self._failures: dict[str, Failure] = {}
 
@@ -45,23 +50,28 @@ class Sampler:
         Returns:
             A token for each row; None where there is none, as `failure` tells.
         """
+        if not sequences:
+            return []
         logits = logits.contiguous()
         asking = [row for row, sequence in enumerate(sequences) if sequence.params.num_logprobs is not None]
-        unchanged = _copy(logits, asking) if asking else None
-        maxima = block_maxima(logits)
-        is_usable = _are_finite(maxima)
+        peaks = find_peaks(logits)
+        is_usable = list(map(math.isfinite, peaks.logits))
         self._failures = {}
         ends: Mapping[int, int] = {}
+        unchanged = None
         if not all(sequence.params.takes_logits_as_they_are for sequence in sequences):
+            unchanged = self._keep(logits, asking) if asking else None
             ends = self._change(logits, sequences)
-            maxima = block_maxima(logits)
-            is_usable = [before and after for before, after in zip(is_usable, _are_finite(maxima), strict=True)]
-        tokens = self._choose(logits, maxima, sequences, is_usable)
+            peaks = find_peaks(logits)
+            is_usable = [before and math.isfinite(after) for before, after in zip(is_usable, peaks.logits, strict=True)]
+        tokens = self._choose(logits, peaks.tokens, sequences, is_usable)
         tokens |= {row: token_id for row, token_id in ends.items() if row in tokens}
-        if unchanged is None:
+        if not asking:
             return [
                 None if token_id is None else Token(token_id) for token_id in map(tokens.get, range(len(sequences)))
             ]
+        if unchanged is None:
+            unchanged = logits if len(asking) == len(logits) else _copy(logits, asking)
         chosen = [tokens.get(row, 0) for row in asking]
         counts = [sequences[row].params.num_logprobs or 0 for row in asking]
         logprobs = dict(zip(asking, read_logprobs(unchanged, chosen, counts), strict=True))
@@ -70,6 +80,16 @@ class Sampler:
     def failure(self, request_id: str) -> Failure:
         """Why the last `sample` gave a sequence no token: logits with NaN, +inf or nothing but -inf, or its grammar."""
         return self._failures.get(request_id, NONFINITE)
+
+    def _keep(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """Copy some rows to where the last ones were."""
+        size = len(rows) * logits.shape[1]
+        if size > _MOST_KEPT:
+            return _copy(logits, rows)
+        if self._unchanged is None or len(self._unchanged) < size:
+            self._unchanged = logits.new_empty(size)
+        kept = self._unchanged[:size].view(len(rows), -1)
+        return torch.index_select(logits, 0, torch.tensor(rows, device=logits.device), out=kept)
 
     def _change(self, logits: Tensor, sequences: Seq[Sequence]) -> Mapping[int, int]:
         """Apply penalties, biases and grammars; says which rows end with which token, and notes which fail."""
@@ -82,50 +102,49 @@ class Sampler:
             logits[row] = math.nan
         return verdicts.ends
 
-    def _choose(self, logits: Tensor, maxima: Tensor, sequences: Seq[Sequence], is_usable: Seq[bool]) -> dict[int, int]:
+    def _choose(
+        self, logits: Tensor, likeliest: Seq[int], sequences: Seq[Sequence], is_usable: Seq[bool]
+    ) -> dict[int, int]:
         """Tokens of the usable rows."""
         rows = [row for row, usable in enumerate(is_usable) if usable]
-        greedy = [row for row in rows if sequences[row].params.temperature == 0]
-        tokens: dict[int, int] = {}
-        if greedy:
-            tokens |= zip(greedy, likeliest(_rows(logits, greedy), _rows(maxima, greedy)).tolist(), strict=True)
-            if len(greedy) == len(rows):
-                return tokens
         random = [row for row in rows if sequences[row].params.temperature > 0]
+        tokens = {row: likeliest[row] for row in rows}
         if random:
             params = [sequences[row].params for row in random]
-            uniforms = torch.stack([self._uniform(sequences[row]) for row in random]).to(logits.device)
-            tokens |= zip(random, draw(_rows(logits, random), params, uniforms).tolist(), strict=True)
+            uniforms = [self._uniform(sequences[row]) for row in random]
+            tokens |= zip(random, draw(logits, random, params, uniforms), strict=True)
         return tokens
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept of a sequence that has ended."""
-        self._generators.pop(request_id, None)
+        self._streams.pop(request_id, None)
         self._uniforms.pop(request_id, None)
         self._adjuster.forget(request_id)
         self._grammars.forget(request_id)
 
-    def _uniform(self, sequence: Sequence) -> Tensor:
-        """A float64[] in [0, 1) of a sequence's own, the same one until it has another token."""
+    def _uniform(self, sequence: Sequence) -> float:
+        """A number in [0, 1) of a sequence's own, the same one until it has another token."""
         request_id = sequence.request_id
-        index, drawn = self._uniforms.get(request_id, (None, None))
-        if drawn is not None and index == sequence.num_generated:
+        index, drawn = self._uniforms.get(request_id, (None, 0.0))
+        if index == sequence.num_generated:
             return drawn
-        generator = self._generators.get(request_id)
-        if generator is None:
-            generator = self._generators[request_id] = torch.Generator()
-            if sequence.params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sequence.params.seed)
-        drawn = torch.rand((), dtype=torch.float64, generator=generator)
+        stream = self._streams.get(request_id)
+        if stream is None:
+            stream = self._streams[request_id] = _uniforms(sequence.params.seed)
+        drawn = next(stream)
         self._uniforms[request_id] = sequence.num_generated, drawn
         return drawn
 
 
-def _are_finite(maxima: Tensor) -> list[bool]:
-    """Of each row whether the largest is a number; for so few that is told sooner in Python than by torch."""
-    return list(map(math.isfinite, maxima.amax(1).tolist()))
+def _uniforms(seed: int | None) -> Iterator[float]:
+    """Numbers in [0, 1) of a generator; several are drawn at once, which costs as much as one."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    while True:
+        yield from torch.rand(_NUM_UNIFORMS, dtype=torch.float64, generator=generator).tolist()
 
 
 def _apply_masks(logits: Tensor, masks: Mapping[int, bytearray]) -> None:
@@ -136,11 +155,6 @@ def _apply_masks(logits: Tensor, masks: Mapping[int, bytearray]) -> None:
     for row, mask in masks.items():
         allowed = torch.frombuffer(mask, dtype=torch.uint8).to(logits.device)
         torch.minimum(logits[row], allowed.float().sub_(0.5).mul_(math.inf), out=logits[row])
-
-
-def _rows(logits: Tensor, rows: list[int]) -> Tensor:
-    """Some rows; no copy if they are all."""
-    return logits if len(rows) == len(logits) else _copy(logits, rows)
 
 
 def _copy(logits: Tensor, rows: list[int]) -> Tensor:

@@ -1,1 +1,1 @@
-"""Products of activations with packed weights."""
+"""Products of activations with packed weights, and choice of tokens from logits."""

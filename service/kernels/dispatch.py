@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.errors import SettingError
-from service.kernels import native, native_encode, reference, self_check
+from service.kernels import native, native_attention, native_encode, native_sampling, reference, self_check
 from service.kernels.native import Library, NativeWeight
+from service.kernels.native_attention import Attention, Stored
 from service.numerics import encode as torch_encode
 from service.numerics.encode import EncodedWeight
 from service.numerics.schemes import QuantScheme
@@ -209,6 +210,22 @@ def encode(weight: Tensor, scheme: QuantScheme) -> EncodedWeight:
     if library is None or not native_encode.is_encodable(weight):
         return torch_encode.encode(weight, scheme)
     return native_encode.encode(library, weight, scheme)
+
+
+def sampling_library(logits: Tensor) -> Library | None:
+    """The library, if it chooses tokens from such logits; None where torch has to."""
+    library = _kernels.library
+    return library if library is not None and native_sampling.takes(logits) else None
+
+
+def attend(
+    queries: Tensor, keys: Stored, values: Stored, *, tables: Tensor, lengths: Tensor, how: Attention
+) -> Tensor | None:
+    """As `native_attention.attend` where the library can; None where torch has to."""
+    library = _kernels.library
+    if library is None or not native_attention.takes(queries, keys, values):
+        return None
+    return native_attention.attend(library, queries, keys, values, tables=tables, lengths=lengths, how=how)
 
 
 def _is_bias_for(x: Tensor, bias: Tensor, out_features: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from struct import Struct
 from typing import Final, NamedTuple
@@ -24,7 +25,7 @@ from service.numerics.schemes import QuantScheme
 PATH: Final = Path(__file__).with_name("libpennyweight_kernels.so")
 """Where pip puts the library."""
 
-_VERSION: Final = 2  # PW_VERSION of native/kernels.h
+_VERSION: Final = 3  # PW_VERSION of native/kernels.h
 _INT8, _TABLE4, _BF16 = range(3)  # enum pw_format
 _FLOAT32_SCALES, _BFLOAT16_SCALES = range(2)  # enum pw_scale_type
 _NO_MEMORY, _NOT_FINITE = 2, 4  # enum pw_status
@@ -48,6 +49,9 @@ class _Weight(ctypes.Structure):
         ("scale_type", ctypes.c_int32),
     )
 
+
+TASKS: Final = ("pw_find_peaks", "pw_draw_tokens", "pw_read_logprobs", "pw_attend")
+"""Functions of native/kernels.h that take one struct."""
 
 _call_bytes = Struct("9q").pack  # `pw_linear_call` of native/kernels.h
 
@@ -129,6 +133,9 @@ class Library:
         self._encode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_double)] * 2]
         self._read = long.pw_read
         self._read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_uint64)]
+        self._tasks = {name: (getattr(short, name), getattr(long, name)) for name in TASKS}
+        for function in chain.from_iterable(self._tasks.values()):
+            function.argtypes = [ctypes.c_char_p]
         self._select = short.pw_select
         self._obstacle = short.pw_isa_obstacle
         self._obstacle.restype = short.pw_isas.restype = ctypes.c_char_p
@@ -204,6 +211,17 @@ class Library:
         if status:
             _raise(status)
         return signal.value, noise.value
+
+    def run(self, name: str, task: bytes, num_bytes: int) -> None:
+        """Call one of `TASKS`.
+
+        Args:
+            task: the struct that it takes, packed.
+            num_bytes: that it reads.
+        """
+        status = self._tasks[name][num_bytes > _SHORT_BYTES](task)
+        if status:
+            _raise(status)
 
     def read(self, data: Tensor) -> int:
         """Sum the 64-bit words of a contiguous tensor on the CPU, modulo 2**64, as quickly as memory allows."""

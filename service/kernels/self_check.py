@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from service.kernels import reference
+from service.kernels import native_sampling, reference
 from service.kernels.native import Library, packed_weight
 from service.numerics.encode import EncodedWeight, encode
 from service.numerics.schemes import QuantScheme, parse_scheme
@@ -18,12 +18,15 @@ _SIZE: Final = (65, 200)  # outputs and inputs: neither fills its strips and til
 _ROWS: Final = (1, 8, 80)  # of each regime
 _BOUND: Final = 4 * 2**-8
 """Of errors relative to the norm of the product: either side rounds weights and results to bfloat16 at most."""
+_NUM_LOGPROBS: Final = 20
+_LOGPROBS_BOUND: Final = 2**-16
+"""Of errors of log-probabilities, in nats: logits up to 16 and the sums of exponentials are rounded to float32."""
 
 Multiply = Callable[[Tensor, EncodedWeight, QuantScheme], Tensor]
 
 
 def is_right(library: Library) -> bool:
-    """Whether products of a library agree with torch's; 10 ms."""
+    """Whether products of a library, and the tokens that it takes for the likeliest, agree with torch's; 10 ms."""
     out_features, in_features = _SIZE
 
     def multiply(x: Tensor, encoded: EncodedWeight, scheme: QuantScheme) -> Tensor:
@@ -37,7 +40,7 @@ def is_right(library: Library) -> bool:
         )
         return library.linear(x, weight, None)
 
-    return agrees(multiply)
+    return agrees(multiply) and _finds_likeliest(library)
 
 
 def agrees(multiply: Multiply) -> bool:
@@ -52,6 +55,16 @@ def agrees(multiply: Multiply) -> bool:
             if not error <= _BOUND:  # NaN is none
                 return False
     return True
+
+
+def _finds_likeliest(library: Library) -> bool:
+    logits = 3 * torch.randn((3, 3001), generator=torch.Generator().manual_seed(0))
+    tokens = native_sampling.find_peaks(library, logits).tokens
+    own, ids, values = native_sampling.read_logprobs(library, logits, tokens, _NUM_LOGPROBS)
+    expected = logits.log_softmax(1).topk(_NUM_LOGPROBS)
+    error = (torch.tensor(values) - expected.values).abs().max()
+    is_first = [row[0] for row in ids] == tokens and [row[0] for row in values] == own
+    return is_first and ids == expected.indices.tolist() and bool(error <= _LOGPROBS_BOUND)
 
 
 def _by_torch(x: Tensor, encoded: EncodedWeight, scheme: QuantScheme) -> Tensor:

@@ -56,6 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
     "whole vocabulary": {},
     "top_k 50": {"top_k": 50},
     "top_p 0.9": {"top_p": 0.9, "temperature": 0.5},
+    "top_p 0.9 of thousands": {"top_p": 0.9},
+    "min_p 0.0001": {"min_p": 0.0001},
     "all": ALL,
     "all without top_k": ALL | {"top_k": 0},
     "all with 20 logprobs": ALL | {"num_logprobs": 20},

@@ -26,6 +26,7 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.engine.stats import EngineObserver, EnginePath, EngineState, StepStats
+from service.loading.loader import load_model
 from service.loading.progress import LoadProgress
 from service.settings import Settings
 
@@ -66,7 +67,7 @@ def run_engine(pipe: Connection, settings: Settings, config: EngineConfig) -> No
             pipe.send(message)
 
     relay = Relay(send)
-    model = assembly._load_weights(settings, LoadProgress()).model
+    model = load_model(assembly.load_options(settings), LoadProgress()).model
     engine = Engine(model, config, observer=relay, deliver=relay.deliver)
     engine.start()
     send(engine.path)

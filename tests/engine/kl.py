@@ -16,7 +16,9 @@ def log_probs(model: PreTrainedModel, ids: Tensor, kv: KVBlocks) -> Tensor:
     num_blocks = -(-len(ids) // BLOCK_SIZE)
     kv.resize(num_blocks)
     positions = torch.arange(len(ids))
-    span = Chunk(0, len(ids), position=0, first_slot=0, block_table=torch.arange(num_blocks)[None])
+    span = Chunk(
+        0, len(ids), position=0, lengths=torch.tensor([1]), first_slot=0, block_table=torch.arange(num_blocks)[None]
+    )
     keywords = {"use_cache": False, STEP_KEYWORD: Step(kv, positions, None, [span])}
     logits: Tensor = model(input_ids=ids[None], position_ids=positions[None], **keywords).logits
     return logits[0].float().log_softmax(-1)

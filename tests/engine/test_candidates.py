@@ -119,7 +119,14 @@ def test_as_many_candidates_are_said_to_suffice_as_do(scale: float, limits: dict
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0])
 @pytest.mark.parametrize(
     "limits",
-    [{"top_k": 1}, {"top_k": 300}, {"top_k": 5000, "top_p": 0.9}, {"top_p": 0.01}, {"top_p": 0.999, "min_p": 0.01}],
+    [
+        {"top_k": 1},
+        {"top_k": 300},
+        {"top_k": 5000, "top_p": 0.9},
+        {"top_k": 9999, "top_p": 0.9},
+        {"top_p": 0.01},
+        {"top_p": 0.999, "min_p": 0.01},
+    ],
     ids=str,
 )
 def test_a_cut_keeps_what_a_sort_of_the_whole_vocabulary_keeps(
@@ -168,6 +175,13 @@ def test_an_error_of_rounding_that_swaps_two_tokens_draws_no_other_one(limits: d
         drawn.append(draw(off, params, uniforms).tolist())
     assert drawn[0] == drawn[1]
     assert limits == {} or {7, 4000} <= set(drawn[0])
+
+
+def test_zeros_of_both_signs_are_equally_likely() -> None:
+    logits = torch.tensor([-0.0, 0.0, -0.0, -0.0] * 300)
+    for params in (SamplingParams(max_tokens=1, top_p=0.5), SamplingParams(max_tokens=1, top_k=1199)):
+        kept = cut(logits, params, torch.ones(()))
+        assert kept.isfinite().sum() == (600 if params.top_p < 1 else 1200)
 
 
 @pytest.mark.parametrize("vocab_size", [*VOCAB_SIZES, 256, 512])

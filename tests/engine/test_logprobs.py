@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from service.engine.logprobs import read_logprobs
+from tests.kernels.support import computing_with
+
+
+@pytest.fixture(params=["auto", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """They are read natively, where the library is there, and by torch."""
+    with computing_with(request.param):
+        yield
 
 
 @pytest.mark.parametrize("vocab_size", [5, 300, 3001])
-def test_they_are_those_of_a_log_softmax_in_float64(vocab_size: int) -> None:
+@pytest.mark.parametrize("most", [20, 1000])  # more than the kernels take
+def test_they_are_those_of_a_log_softmax_in_float64(vocab_size: int, most: int) -> None:
     logits = 4 * torch.randn((4, vocab_size), generator=torch.Generator().manual_seed(vocab_size))
-    counts, tokens = [0, 1, 5, 20], [0, 4, 2, 3]
+    counts, tokens = [0, 1, 5, most], [0, 4, 2, 3]
     expected = logits.double().log_softmax(1)
     for row, found in enumerate(read_logprobs(logits, tokens, counts)):
         values, ids = expected[row].topk(min(counts[row], vocab_size))

@@ -13,6 +13,7 @@ from service.engine.runner import Runner
 from service.engine.sequence import Sequence
 from service.errors import UnsupportedModel
 from tests.engine.support import greedy, make_model, make_prompt, running, solo
+from tests.kernels.support import computing_with
 
 
 def test_a_layer_that_attends_twice_is_refused() -> None:
@@ -56,10 +57,11 @@ def test_a_model_that_returns_all_rows_gives_the_same_tokens() -> None:
     assert [recorder.tokens(str(i)) for i in range(2)] == [solo(model, prompt, greedy(9)) for prompt in prompts]
 
 
-def test_decodes_of_very_different_length_give_the_same_tokens() -> None:
+@pytest.mark.parametrize("isa", ["auto", "torch"])
+def test_decodes_of_very_different_length_give_the_same_tokens(isa: str) -> None:
     model = make_model("mistral")
     prompts = [make_prompt(n) for n in (3, 450, 30, 6, 400)]  # more than 16 blocks apart: two batches in a step
-    with running(model) as (engine, recorder):
+    with computing_with(isa), running(model) as (engine, recorder):
         for i, prompt in enumerate(prompts):
             engine.submit(str(i), prompt, greedy(40))
         for i in range(len(prompts)):

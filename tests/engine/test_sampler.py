@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from torch import Tensor
 from service.engine.sampler import Sampler
 from service.engine.sequence import SamplingParams, Sequence
 from tests.engine.support import make_prompt, running
+from tests.kernels.support import computing_with
 from tests.models import build_model
+
+
+@pytest.fixture(params=["auto", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tokens are chosen natively, where the library is there, and by torch."""
+    with computing_with(request.param):
+        yield
 
 
 def make_logits(vocab_size: int) -> Tensor:

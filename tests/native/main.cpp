@@ -17,7 +17,9 @@ struct Subject {
 constexpr Subject kSubjects[] = {{"threads", test_threads},
                                  {"interface", test_interface},
                                  {"linear", test_linear},
-                                 {"encode", test_encode}};
+                                 {"encode", test_encode},
+                                 {"sampling", test_sampling},
+                                 {"attention", test_attention}};
 
 double seconds() {
     timespec now;

@@ -12,6 +12,12 @@ const pw_kernels *pw_kernels_amx(void) {
                                            amx_multiply,
                                            read_words,
                                            encoding::encode_scratch_bytes,
-                                           encoding::encode_strips};
+                                           encoding::encode_strips,
+                                           sampling::scratch_bytes,
+                                           sampling::peak_row,
+                                           sampling::draw_row,
+                                           sampling::read_row,
+                                           attention::Scratch::bytes,
+                                           attention::attend};
     return &kernels;
 }

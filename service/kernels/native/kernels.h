@@ -82,6 +82,69 @@ PW_EXPORT int pw_encode(const pw_weight *weight, const pw_source *source, double
 // Sum of the 64-bit words of `bytes` bytes, a multiple of 8, modulo 2^64, read by all threads.
 PW_EXPORT int pw_read(const void *data, int64_t bytes, uint64_t *sum);
 
+// Choice of tokens from logits float32[rows][vocab], up to 2^20 of each. What a row gives depends on the row alone, not
+// on the number of threads; and not on the instruction set, but that the weights of the baseline are rounded otherwise.
+
+// The first of the largest of each row, and its logit: NaN, and then any token, if there is one in the row.
+typedef struct pw_peaks {
+    const float *logits;
+    int64_t rows, vocab;
+    int64_t *tokens;  // [rows]
+    float *peaks;     // [rows]
+} pw_peaks;
+PW_EXPORT int pw_find_peaks(const pw_peaks *task);
+
+// A token drawn from a row: temperature, top_k (those as likely as the k-th stay), top_p (of equally likely ones at its
+// edge the first stay) and min_p, in this order; the likeliest always stays. It is where the cumulative sum of the
+// weights, in order of tokens, passes `uniform` of their sum. Weights are exponentials, off by less than 1e-7 of
+// themselves, and 0 below 1.2e-38 of the largest.
+typedef struct pw_draw {
+    int64_t row, top_k;          // of the logits; 0 keeps all
+    double inverse_temperature;  // rounded to float32, and then above 0 and finite
+    double top_p, min_p;         // above 0 and up to 1; 0 to 1, rounded to float32
+    double uniform;              // in [0, 1)
+} pw_draw;
+typedef struct pw_draws {
+    const float *logits;
+    int64_t rows, vocab;
+    const pw_draw *draws;
+    int64_t count;
+    int64_t *tokens;  // [count]; -1 where the largest logit is not finite, or one is NaN
+} pw_draws;
+PW_EXPORT int pw_draw_tokens(const pw_draws *task);
+
+// Natural logarithms of the probabilities of a token of each row and of the `count` likeliest, falling, of equal ones
+// the lower id first; NaN where the largest logit is not finite, or one is NaN. Takes time by the square of `count`.
+typedef struct pw_logprobs {
+    const float *logits;
+    int64_t rows, vocab;
+    const int64_t *tokens;  // [rows]
+    int64_t count;          // up to vocab
+    double *own;            // [rows]
+    int64_t *ids;           // [rows][count]
+    double *logprobs;       // [rows][count]
+} pw_logprobs;
+PW_EXPORT int pw_read_logprobs(const pw_logprobs *task);
+
+// Attention of one token of each of several sequences to all tokens of its own, whose keys and values lie in slots
+// [kv_heads][size]: slot = block * block_size + offset, and row r of `tables` has the blocks of its sequence in order.
+// Query head h reads head h / (heads / kv_heads) of the keys. Scores, weights and sums are float32; what a row gives
+// depends on no other one and on no number of threads. Queries, keys and values with NaN give NaN.
+typedef struct pw_attention {
+    const void *queries;                        // [rows][heads][key_size] of `dtype`, PW_BFLOAT16 or PW_FLOAT32
+    const void *keys, *values;                  // slots of `dtype`, or of int8 if there are scales
+    const uint16_t *key_scales, *value_scales;  // bf16 [slots][kv_heads], which codes are multiplied with, or null
+    const int64_t *tables, *lengths;            // [rows][table_width]; [rows], the tokens of each sequence
+    const float *sinks;                         // [heads], scores of a token without a value, or null
+    void *out;                                  // [rows][heads][value_size] of `dtype`
+    int64_t rows, heads, kv_heads, key_size, value_size;
+    int64_t block_size, table_width;            // block_size: a multiple of 16
+    int64_t window;                             // of the last tokens that are seen; 0 for all
+    int64_t dtype;
+    double scaling, softcap;                    // softcap: c tanh(score / c); 0 for none
+} pw_attention;
+PW_EXPORT int pw_attend(const pw_attention *task);
+
 // The thread pool to run on: a `parallel_for` that calls the body with ranges that together are [begin, end), each on
 // some thread, and returns 0; and how many threads it has for the caller. Null: the caller does all work itself.
 typedef void (*pw_body)(int64_t begin, int64_t end, void *context);
@@ -97,7 +160,7 @@ PW_EXPORT int pw_select(const char *name);
 PW_EXPORT const char *pw_selected(void);
 
 // Changes whenever this file does, so that a library and its caller are not of different versions.
-#define PW_VERSION 2
+#define PW_VERSION 3
 PW_EXPORT int pw_version(void);
 
 #ifdef __cplusplus

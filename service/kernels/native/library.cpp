@@ -191,6 +191,79 @@ int run_encode(EncodeJob &job, double *signal, double *noise) {
     return __builtin_isfinite(*signal) ? PW_OK : PW_NOT_FINITE;
 }
 
+// Rows of logits, each of which is one worker's.
+template <class Task>
+struct SamplingJob {
+    const Task *task;
+    void (*choose)(const Task *task, int64_t index, void *scratch);
+    size_t scratch_bytes;
+    Pieces rows;
+
+    static void run(int64_t, int64_t, void *context) {
+        SamplingJob &job = *(SamplingJob *)context;
+        void *scratch = thread_buffer(kScratch, job.scratch_bytes);
+        if (!scratch) return;  // as in multiply_runs
+        for (int64_t row; job.rows.take(&row);) job.choose(job.task, row, scratch);
+    }
+};
+
+template <class Task>
+int run_sampling(const Task *task, int64_t count, void (*choose)(const Task *, int64_t, void *)) {
+    SamplingJob<Task> job{task, choose, selected_isa()->kernels()->sampling_scratch_bytes(task->vocab), {}};
+    job.rows.count = count;
+    const int64_t threads = count * task->vocab * (int64_t)sizeof(float) < kAloneBytes ? 1 : pool.num_threads();
+    const int status = pool.run(clamp(count, 1, threads), SamplingJob<Task>::run, &job);
+    if (status != PW_OK) return status;
+    return job.rows.all_taken() ? PW_OK : PW_NO_MEMORY;
+}
+
+template <class Task>
+bool has_logits(const Task *task) {
+    return task && task->logits && is_size(task->rows) && is_size(task->vocab);
+}
+
+bool is_valid(const pw_draw &draw, int64_t rows) {
+    if (draw.row < 0 || draw.row >= rows || draw.top_k < 0) return false;
+    const float factor = (float)draw.inverse_temperature;
+    return factor > 0 && __builtin_isfinite(factor) && draw.top_p > 0 && draw.top_p <= 1 && draw.min_p >= 0 &&
+           draw.min_p <= 1 && draw.uniform >= 0 && draw.uniform < 1;
+}
+
+// Rows and heads of keys, each of which is one worker's.
+struct AttentionJob {
+    const pw_kernels *kernels;
+    const pw_attention *task;
+    size_t scratch_bytes;
+    Pieces items;
+};
+
+void attend_items(int64_t, int64_t, void *context) {
+    AttentionJob &job = *(AttentionJob *)context;
+    void *scratch = thread_buffer(kScratch, job.scratch_bytes);
+    if (!scratch) return;  // as in multiply_runs
+    for (int64_t item; job.items.take(&item);) job.kernels->attend(job.task, item, scratch);
+}
+
+bool is_valid(const pw_attention *t) {
+    if (!t || !t->queries || !t->keys || !t->values || !t->tables || !t->lengths || !t->out) return false;
+    if (!is_size(t->rows) || !is_size(t->heads) || !is_size(t->kv_heads) || t->heads % t->kv_heads) return false;
+    if (!is_size(t->key_size) || !is_size(t->value_size) || !is_size(t->table_width) || t->window < 0) return false;
+    if (!is_size(t->block_size) || t->block_size % 16 || !t->key_scales != !t->value_scales) return false;
+    if (t->dtype != PW_BFLOAT16 && t->dtype != PW_FLOAT32) return false;
+    for (int64_t row = 0; row < t->rows; ++row)
+        if (t->lengths[row] < 1 || t->lengths[row] > t->table_width * t->block_size) return false;
+    return true;
+}
+
+// Bytes of the keys and values that a task reads.
+int64_t attended_bytes(const pw_attention *t) {
+    const int64_t element = t->key_scales ? 1 : t->dtype == PW_BFLOAT16 ? 2 : 4;
+    int64_t tokens = 0;
+    for (int64_t row = 0; row < t->rows; ++row)
+        tokens += t->window && t->window < t->lengths[row] ? t->window : t->lengths[row];
+    return tokens * t->kv_heads * (t->key_size + t->value_size) * element;
+}
+
 bool is_encodable(const pw_weight *w, const pw_source *source) {
     if (!w || !source || !w->qweight || !w->scales || !source->weights) return false;
     if (!is_size(w->out_features) || !is_size(w->in_features) || source->row_stride > kMaxSize) return false;
@@ -258,6 +331,40 @@ int pw_read(const void *data, int64_t bytes, uint64_t *sum) {
     const int status = pool.run(clamp(job.chunks.count, 1, pool.num_threads()), read_chunks, &job);
     *sum = job.sum.load();
     return status;
+}
+
+int pw_find_peaks(const pw_peaks *task) {
+    if (!has_logits(task) || !task->tokens || !task->peaks) return PW_BAD_ARGUMENT;
+    return run_sampling(task, task->rows, selected_isa()->kernels()->find_peak);
+}
+
+int pw_draw_tokens(const pw_draws *task) {
+    if (!has_logits(task) || !task->draws || !task->tokens || !is_size(task->count)) return PW_BAD_ARGUMENT;
+    for (int64_t i = 0; i < task->count; ++i)
+        if (!is_valid(task->draws[i], task->rows)) return PW_BAD_ARGUMENT;
+    return run_sampling(task, task->count, selected_isa()->kernels()->draw_token);
+}
+
+int pw_read_logprobs(const pw_logprobs *task) {
+    if (!has_logits(task) || !task->tokens || !task->own) return PW_BAD_ARGUMENT;
+    if (task->count < 0 || task->count > task->vocab) return PW_BAD_ARGUMENT;
+    if (task->count && (!task->ids || !task->logprobs)) return PW_BAD_ARGUMENT;
+    for (int64_t row = 0; row < task->rows; ++row)
+        if (task->tokens[row] < 0 || task->tokens[row] >= task->vocab) return PW_BAD_ARGUMENT;
+    return run_sampling(task, task->rows, selected_isa()->kernels()->read_logprobs);
+}
+
+int pw_attend(const pw_attention *task) {
+    if (!is_valid(task)) return PW_BAD_ARGUMENT;
+    AttentionJob job{};
+    job.kernels = selected_isa()->kernels();
+    job.task = task;
+    job.scratch_bytes = job.kernels->attention_scratch_bytes(task);
+    job.items.count = task->rows * task->kv_heads;
+    const int64_t threads = attended_bytes(task) < kAloneBytes ? 1 : pool.num_threads();
+    const int status = pool.run(clamp(job.items.count, 1, threads), attend_items, &job);
+    if (status != PW_OK) return status;
+    return job.items.all_taken() ? PW_OK : PW_NO_MEMORY;
 }
 
 void pw_init(pw_parallel_for parallel_for, pw_get_num_threads get_num_threads) {

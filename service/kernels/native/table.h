@@ -40,6 +40,14 @@ struct pw_kernels {
     // Encodes strips [begin, end), with scratch of its own for each worker.
     size_t (*encode_scratch_bytes)(const pw_encode_task *task);
     void (*encode_strips)(const pw_encode_task *task, int64_t begin, int64_t end, void *scratch);
+    // Chooses tokens for item `index` of a task, with scratch of its own for each worker.
+    size_t (*sampling_scratch_bytes)(int64_t vocab);
+    void (*find_peak)(const pw_peaks *task, int64_t index, void *scratch);
+    void (*draw_token)(const pw_draws *task, int64_t index, void *scratch);
+    void (*read_logprobs)(const pw_logprobs *task, int64_t index, void *scratch);
+    // Attends item `index` of a task, one of its rows and heads of keys, with scratch of its own for each worker.
+    size_t (*attention_scratch_bytes)(const pw_attention *task);
+    void (*attend)(const pw_attention *task, int64_t index, void *scratch);
 };
 
 #ifdef __cplusplus

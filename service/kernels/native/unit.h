@@ -1,8 +1,10 @@
 // Puts the loops together for one instruction set. Included once by each unit, after its vectors.
 #pragma once
+#include "attention.h"
 #include "encode.h"
 #include "linear.h"
 #include "rows.h"
+#include "sampling.h"
 
 namespace {
 
@@ -41,7 +43,13 @@ constexpr pw_kernels kernels_of(const char *name, const pw_kernels *floats = nul
             multiply<V, Int8, Table4>,
             read_words,
             encoding::encode_scratch_bytes,
-            encoding::encode_strips};
+            encoding::encode_strips,
+            sampling::scratch_bytes,
+            sampling::peak_row,
+            sampling::draw_row,
+            sampling::read_row,
+            attention::Scratch::bytes,
+            attention::attend};
 }
 
 }  // namespace
