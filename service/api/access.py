@@ -1,32 +1,16 @@
-"""Who may use a route, and how much: decided when the route is known, before a byte of the body is read."""
+"""Who may use the service, and how much."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
-import re
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
 
 from service.api.auth import KeyRing
-from service.api.errors import BodyRefused
 from service.api.limits import ClientLimits
-from service.api.logs import current_record
-from service.errors import InvalidRequest, Misdirected, TooManyRequests
-from service.metrics import Metrics
+from service.errors import Misdirected
 
-ANONYMOUS = "anonymous"
-"""The one client of a service without keys."""
-MAX_JSON_PARTS = 2**16
-"""Lists, objects and members of one body: 50 ms of parsing, where a body of 4 MiB could take seconds."""
-_JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # never fails, so that it is linear
 _LOCAL_NAMES = ("localhost", "")
 
 
@@ -64,65 +48,6 @@ class Access:
             "or by address; call it so, or start it with API keys",
             code="wrong_host",
         )
-
-
-class GuardedRoute(APIRoute):
-    """A route that does work: for clients with a key, within their limits, from JSON of bounded depth."""
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or raise a `RequestError` that becomes the answer."""
-        access: Access = scope["app"].state.access
-        metrics: Metrics = scope["app"].state.metrics
-        headers = Headers(scope=scope)
-        access.check_host(headers)
-        client = access.keys.identify(headers)
-        current_record().client = client
-        try:
-            with access.limits.hold(client or ANONYMOUS):
-                await super().handle(scope, receive, send)
-        except TooManyRequests as error:
-            metrics.count_rejected(error.reason)
-            raise
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What reads the body and calls the endpoint."""
-        handle = super().get_route_handler()
-
-        async def handle_bounded(request: Request) -> Response:
-            return await handle(_BoundedRequest(request.scope, request.receive))
-
-        return handle_bounded
-
-
-class _BoundedRequest(Request):
-    """Reads JSON with a parser that takes 200 lists and objects inside each other at most, and Unicode text only."""
-
-    async def json(self) -> Any:
-        body = await self.body()
-        _check_parts(body)
-        try:
-            return from_json(body)
-        except ValueError as error:
-            reason = str(error).replace("hex escape", "hex escape (half of a surrogate pair is no character)")
-            raise json.JSONDecodeError(reason, "", 0) from error
-
-
-def _check_parts(body: bytes) -> None:
-    """Refuse JSON of so many lists, objects and members that the event loop would be busy with them for long.
-
-    Raises:
-        BodyRefused: more than `MAX_JSON_PARTS`.
-    """
-    if _num_marks(body) <= MAX_JSON_PARTS:
-        return
-    num_parts = _num_marks(_JSON_STRING.sub(b"", body))  # a text may hold as many as it likes
-    if num_parts > MAX_JSON_PARTS:
-        message = f"the body has {num_parts} lists, objects and members; at most {MAX_JSON_PARTS} are read; send fewer"
-        raise BodyRefused(InvalidRequest(message, code="too_many_parts"))
-
-
-def _num_marks(text: bytes) -> int:
-    return sum(map(text.count, (b"[", b"{", b":")))
 
 
 def _host_name(host: str) -> str:

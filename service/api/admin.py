@@ -8,14 +8,15 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Security
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from service import __version__
-from service.api.access import Access, GuardedRoute
+from service.api.access import Access
 from service.api.answers import Alive, Build, ModelCard, ModelList, Readiness
 from service.api.errors import error_body, error_headers, error_response
 from service.api.openapi import SECURITY_SCHEMES, Responses, errors, guarded
+from service.api.routes import GuardedRoute
 from service.api.state import ServiceState
 from service.errors import Unavailable
 from service.loading.progress import Phase
@@ -40,7 +41,7 @@ def probe_router(state: ServiceState, access: Access) -> APIRouter:
         """Prometheus text."""
         access.check_host(request.headers)
         access.metrics_key.identify(request.headers)
-        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/version", response_model=None, responses={200: {"model": Build}})
     async def build() -> dict[str, str]:

@@ -17,6 +17,7 @@ from service.api.generate import generate_router
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import SECURITY_SCHEMES, DocumentedApp
 from service.api.page import page_router
+from service.api.routes import DirectRoutes, JsonRoute
 from service.api.state import ServiceState
 from service.api.tokenization import tokenization_router
 from service.loading.progress import Phase
@@ -38,16 +39,20 @@ def create_application(
     """
     access = access or Access()
     app = DocumentedApp(title="Pennyweight", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.access, app.state.metrics = access, state.metrics
+    app.state.access, app.state.service = access, state
     install_error_handlers(app)
     schemes = [Security(scheme) for scheme in SECURITY_SCHEMES] if access.keys else []
-    for make_router in _GUARDED:
-        app.include_router(make_router(state), dependencies=schemes)
+    routers = [make_router(state) for make_router in _GUARDED]
+    for router in routers:
+        app.include_router(router, dependencies=schemes)
     app.include_router(probe_router(state, access))
     app.include_router(page_router(twin))
     if with_docs:
         app.include_router(docs_router())
-    inner: ASGIApp = CorsMiddleware(app, origins=access.cors_origins) if access.cors_origins else app
+    routes = [route for router in routers for route in router.routes if isinstance(route, JsonRoute)]
+    inner: ASGIApp = DirectRoutes(app, routes)
+    if access.cors_origins:
+        inner = CorsMiddleware(inner, origins=access.cors_origins)
     return RequestMiddleware(
         inner,
         metrics=state.metrics,

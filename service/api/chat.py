@@ -8,9 +8,8 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from service.api.access import GuardedRoute
 from service.api.answers import ChatCompletion, ChatCompletionChunk
 from service.api.chat_schemas import ChatRequest, Message
 from service.api.choices import Delta, Result
@@ -19,14 +18,15 @@ from service.api.event_stream import open_stream
 from service.api.generation import Generation
 from service.api.openapi import worked
 from service.api.preparation import preparation
-from service.api.rendering import long_response
+from service.api.rendering import json_response, long_response
+from service.api.routes import GenerationRoute
 from service.api.state import ServedModel, ServiceState
 from service.errors import InvalidRequest
 
 
 def chat_router(state: ServiceState) -> APIRouter:
     """The route."""
-    router = APIRouter(route_class=GuardedRoute)
+    router = APIRouter(route_class=GenerationRoute)
 
     @router.post(
         "/v1/chat/completions", response_model=None, responses=worked(ChatCompletion, chunk=ChatCompletionChunk)
@@ -46,7 +46,7 @@ def chat_router(state: ServiceState) -> APIRouter:
             results = await generation.results()
             head = head_of_answer("chatcmpl", "chat.completion", state, served)
             make = partial(_answer, head, generation, body, results)
-            return await long_response(make) if generation.is_long else JSONResponse(make())
+            return await long_response(make) if generation.is_long else json_response(make())
 
     return router
 

@@ -11,9 +11,9 @@ from service.api.text import TextStream
 from service.engine.sequence import FinishReason, SequenceEvent, SequenceTimings, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Delta:
-    """What one event brought for one choice.
+    """What one event brought for one choice; it stays as it is, though it is not frozen: that takes longer to make.
 
     Attributes:
         prompt_text, prompt_scores: of the prompt, if they are asked for; all of them come before any other text.
@@ -106,6 +106,21 @@ class Choice:
 
     def _add_score(self, token_id: int, logprobs: TokenLogprobs) -> None:
         self._scores.add(TokenScore(token_id, self._num_before + self._text.num_characters, logprobs))
+
+
+def join_events(events: Sequence[SequenceEvent]) -> list[SequenceEvent]:
+    """One event for each sequence, where its events tell of nothing but tokens and an end."""
+    by_sequence: dict[str, list[SequenceEvent]] = {}
+    for event in events:
+        by_sequence.setdefault(event.request_id, []).append(event)
+    joined: list[SequenceEvent] = []
+    for parts in by_sequence.values():
+        if any(part.logprobs or part.prompt_logprobs or part.stop_token for part in parts):
+            joined.extend(parts)
+        else:
+            token_ids = tuple(token_id for part in parts for token_id in part.token_ids)
+            joined.append(parts[-1]._replace(token_ids=token_ids))
+    return joined
 
 
 def join(deltas: Sequence[Delta], num_prompt_tokens: int) -> Result:

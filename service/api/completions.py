@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from service.api.access import GuardedRoute
 from service.api.answers import Completion, CompletionChunk
 from service.api.choices import Delta, Result
 from service.api.chunks import ChunkWriter, head_of_answer, usage_of
@@ -17,7 +16,8 @@ from service.api.event_stream import open_stream
 from service.api.generation import Generation
 from service.api.openapi import worked
 from service.api.preparation import preparation
-from service.api.rendering import long_response
+from service.api.rendering import json_response, long_response
+from service.api.routes import GenerationRoute
 from service.api.schemas import CompletionRequest
 from service.api.state import ServiceState
 
@@ -26,7 +26,7 @@ _DEFAULT_MAX_TOKENS = 16
 
 def completions_router(state: ServiceState) -> APIRouter:
     """The route."""
-    router = APIRouter(route_class=GuardedRoute)
+    router = APIRouter(route_class=GenerationRoute)
 
     @router.post("/v1/completions", response_model=None, responses=worked(Completion, chunk=CompletionChunk))
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
@@ -42,7 +42,7 @@ def completions_router(state: ServiceState) -> APIRouter:
                 return await open_stream(generation, render=writer.render, last_event=writer.last_event)
             results = await generation.results()
             make = partial(_answer, head, generation, body, results)
-            return await long_response(make) if generation.is_long else JSONResponse(make())
+            return await long_response(make) if generation.is_long else json_response(make())
 
     return router
 

@@ -9,9 +9,8 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from service.errors import (
     BodyTooLarge,
@@ -44,14 +43,6 @@ RECEIPT_ERROR = "receipt_error"
 
 class ClientDisconnected(Exception):
     """The client has closed its connection; nobody reads an answer."""
-
-
-class BodyRefused(HTTPException):
-    """A body is not to be read to its end; the framework lets an HTTPException through its parser."""
-
-    def __init__(self, error: RequestError) -> None:
-        super().__init__(error.status)
-        self.error = error
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -95,9 +86,6 @@ def internal_error() -> EngineFailure:
 
 def validation_error(errors: Sequence[Any]) -> InvalidRequest:
     """What a client is told about a body that does not fit its schema: field, value and rule."""
-    if errors[0]["type"] == "json_invalid":
-        reason = str(errors[0].get("ctx", {}).get("error", "no JSON"))[:_MAX_MESSAGE_CHARACTERS]
-        return InvalidRequest(f"the body is not valid JSON: {reason}; correct it", code="invalid_json")
     lines = []
     for error in errors[:_MAX_ERRORS]:
         message = _MESSAGES.get(error["type"]) or _SUBJECT.sub("must", error["msg"])[:_MAX_MESSAGE_CHARACTERS]
@@ -106,56 +94,33 @@ def validation_error(errors: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest("; ".join(lines), param=_field(errors[0]) or None, code=code)
 
 
+def answer_to(error: Exception, scope: Scope) -> Response:
+    """What a client is told of whatever was raised in place of an answer."""
+    if isinstance(error, ClientDisconnected):
+        return Response(status_code=_CLIENT_GONE_STATUS)
+    if isinstance(error, HTTPException):
+        return error_response(_from_http(error, scope), error.headers)
+    return error_response(error if isinstance(error, RequestError) else internal_error())
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every error of an application an envelope."""
 
-    @app.exception_handler(RequestError)
-    async def on_request_error(request: Request, error: RequestError) -> Response:
-        return error_response(error)
+    async def answer(request: Request, error: Exception) -> Response:
+        return answer_to(error, request.scope)
 
-    @app.exception_handler(RequestValidationError)
-    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-        content_type = request.headers.get("content-type")
-        media_type = (content_type or "").partition(";")[0].strip().lower()
-        if media_type != "application/json" and not media_type.endswith("+json"):
-            given = (
-                "no Content-Type" if content_type is None else f"Content-Type {media_type[:_MAX_FIELD_CHARACTERS]!r}"
-            )
-            return error_response(
-                InvalidRequest(
-                    f"the body has {given}; it must be JSON; send the header Content-Type: application/json",
-                    code="invalid_content_type",
-                )
-            )
-        return error_response(validation_error(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def on_http_exception(request: Request, error: HTTPException) -> Response:
-        if isinstance(error.__cause__, ClientDisconnect):  # in the middle of its body
-            return Response(status_code=_CLIENT_GONE_STATUS)
-        return error_response(_from_http(request, error), error.headers)
-
-    @app.exception_handler(ClientDisconnected)
-    async def on_disconnect(request: Request, error: ClientDisconnected) -> Response:
-        return Response(status_code=_CLIENT_GONE_STATUS)
-
-    @app.exception_handler(Exception)
-    async def on_defect(request: Request, error: Exception) -> Response:
-        return error_response(internal_error())
+    for kind in (RequestError, HTTPException, ClientDisconnected, Exception):
+        app.add_exception_handler(kind, answer)
 
 
-def _from_http(request: Request, error: HTTPException) -> RequestError:
+def _from_http(error: HTTPException, scope: Scope) -> RequestError:
     """An error that the web framework raised."""
-    if isinstance(error, BodyRefused):
-        return error.error
     if error.status_code == HTTPStatus.NOT_FOUND:
-        path = request.scope["path"][:_MAX_FIELD_CHARACTERS]  # not of the URL, which a Host header can bend
+        path = scope["path"][:_MAX_FIELD_CHARACTERS]  # not of the URL, which a Host header can bend
         return NotFound(f"{path}: no such route; GET /openapi.json lists them", code="unknown_route")
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "another method")
         return MethodNotAllowed(f"this route does not take this method; use {allowed}", code="method_not_allowed")
-    if error.status_code == HTTPStatus.BAD_REQUEST:
-        return InvalidRequest("the body is not valid JSON in UTF-8; correct it", code="invalid_json")
     failure = RequestError(str(error.detail))
     failure.status = error.status_code
     return failure
@@ -163,7 +128,7 @@ def _from_http(request: Request, error: HTTPException) -> RequestError:
 
 def _field(error: Mapping[str, Any]) -> str:
     """Dotted name of a field; cut, as a client chose it."""
-    return ".".join(str(part) for part in error["loc"][1:])[:_MAX_FIELD_CHARACTERS]
+    return ".".join(str(part) for part in error["loc"])[:_MAX_FIELD_CHARACTERS]
 
 
 def _value(error: Mapping[str, Any], message: str) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from service.api.access import GuardedRoute
 from service.api.answers import Generated, GeneratedDelta, GeneratedTexts
 from service.api.choices import Delta, Result
 from service.api.event_stream import open_stream
@@ -19,7 +17,8 @@ from service.api.generation import Generation
 from service.api.logprobs import LogprobWriter
 from service.api.openapi import worked
 from service.api.preparation import preparation
-from service.api.rendering import long_response
+from service.api.rendering import json_response, long_response
+from service.api.routes import GenerationRoute
 from service.api.schemas import GenerateRequest, Prompt
 from service.api.state import ServiceState
 from service.engine.sequence import SequenceTimings
@@ -33,7 +32,7 @@ Writer = Callable[[Delta | Result], dict[str, Any]]
 
 def generate_router(state: ServiceState) -> APIRouter:
     """The route."""
-    router = APIRouter(route_class=GuardedRoute)
+    router = APIRouter(route_class=GenerationRoute)
 
     @router.post("/generate", response_model=None, responses=worked(Generated | GeneratedTexts, chunk=GeneratedDelta))
     async def generate(body: GenerateRequest, request: Request) -> Response:
@@ -55,7 +54,7 @@ def generate_router(state: ServiceState) -> APIRouter:
             results = await generation.results()
             is_single = body.prompts is None and body.n in (None, 1)
             make = partial(_answer, head, results, write, is_single=is_single)
-            return await long_response(make) if generation.is_long else JSONResponse(make())
+            return await long_response(make) if generation.is_long else json_response(make())
 
     return router
 
@@ -109,4 +108,4 @@ def _logprobs(writer: LogprobWriter, part: Delta | Result, *, is_wanted: bool) -
 
 def _timings(timings: SequenceTimings) -> dict[str, float | None]:
     """Seconds between named events; see `SequenceTimings`."""
-    return asdict(timings)
+    return {"queue_s": timings.queue_s, "first_token_s": timings.first_token_s, "total_s": timings.total_s}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from fastapi import Request
 from starlette.types import Receive
 
-from service.api.choices import Choice, Delta, Result, join
+from service.api.choices import Choice, Delta, Result, join, join_events
 from service.api.echo import make_echo
 from service.api.errors import ClientDisconnected
 from service.api.logprobs import LogprobWriter
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 MAX_SEQUENCES = 256
 """Of one request: prompts times choices of each."""
 _MAX_LOGGED_CHARACTERS = 10_000
+_UNWATCHED_S = 0.01
+"""Less than a step may take, so that what a client had is freed as soon."""
 
 
 class Generation:
@@ -59,6 +61,7 @@ class Generation:
         self._watcher: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._is_streamed = False
+        self._may_stop = False
         self._record = current_record()
         self.logprobs = LogprobWriter(served.codec)
         self.is_long = False
@@ -95,7 +98,8 @@ class Generation:
             )
         loop = asyncio.get_running_loop()
         self._timers.append(loop.call_later(self._state.request_timeout_s, self._time_out))
-        self._check_room(num_choices * len(prompts))  # a request that finds none costs no tokenizing
+        if num_choices * len(prompts) > 1:  # for one there was some when the request came
+            self._state.check_room(num_choices * len(prompts))  # a request that finds none costs no tokenizing
         codec = self._served.codec
         all_ids = [await codec.encode(p, param=param) if isinstance(p, str) else p for p in prompts]
         all_params = [
@@ -104,13 +108,14 @@ class Generation:
         ]
         if (grammar := await checked_grammar(fields, self._served)) is not None:
             all_params = [replace(params, grammar=grammar) for params in all_params]
+        self._may_stop = bool(fields.stop)
         self.is_long = not (fields.num_prompt_logprobs() is None and fields.num_logprobs() is None)
         check_prompt_logprobs(fields, num_choices * sum(map(len, all_ids)))
         echoes = [
             await make_echo(codec, prompt, ids, fields, vocab_size=self._served.vocab_size)
             for prompt, ids in zip(prompts, all_ids, strict=True)
         ]
-        request_id = f"{REQUEST_ID.get()}-{uuid.uuid4().hex[:8]}"  # clients may send one id twice
+        request_id = f"{REQUEST_ID.get()}-{secrets.token_hex(4)}"  # clients may send one id twice
         choices = (
             (prompt_ids, with_seed_of(params, number), echo)
             for prompt_ids, params, echo in zip(all_ids, all_params, echoes, strict=True)
@@ -133,8 +138,12 @@ class Generation:
             await asyncio.to_thread(self._log_prompts, prompts)
 
     def watch(self, request: Request) -> None:
-        """Abort everything when the client leaves; the request's body must have been read."""
-        self._watcher = asyncio.create_task(self._abort_on_disconnect(request.receive))
+        """Abort everything when the client leaves; the request's body must have been read.
+
+        Watching begins a little later, because what is soon answered need not be watched.
+        """
+        loop = asyncio.get_running_loop()
+        self._timers.append(loop.call_later(_UNWATCHED_S, self._begin_watching, request.receive))
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What each step brings, until all choices are finished.
@@ -147,7 +156,8 @@ class Generation:
         while self._open:
             deltas: list[Delta] = []
             try:
-                for event in await self._inbox.take():
+                events = await self._inbox.take()
+                for event in join_events(events) if self._inbox.is_patient else events:
                     if (delta := self._read(event)) is not None:
                         deltas.append(delta)  # noqa: PERF401 - it stays when the next event raises
             except (RequestError, ClientDisconnected):
@@ -159,6 +169,7 @@ class Generation:
 
     async def results(self) -> list[Result]:
         """All choices as a whole; raises what `deltas` raises."""
+        self._inbox.is_patient = not self._may_stop  # text that must be searched is searched as it comes
         deltas: list[list[Delta]] = [[] for _ in self._choices]
         async for step in self.deltas():
             for delta in step:
@@ -195,7 +206,7 @@ class Generation:
             error.param = param if error.param == "prompt" else error.param
             raise
         except (QueueFull, Unavailable) as error:
-            self._count_rejected(error)
+            self._state.count_rejected(error)
             raise
 
     def _log_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -204,16 +215,6 @@ class Generation:
             codec = self._served.codec
             text = prompt if isinstance(prompt, str) else codec.decode(prompt, skip_special_tokens=False)
             logger.info("prompt: %s", text[:_MAX_LOGGED_CHARACTERS])
-
-    def _check_room(self, num_sequences: int) -> None:
-        try:
-            self._served.engine.check_room(num_sequences)
-        except (QueueFull, Unavailable) as error:
-            self._count_rejected(error)
-            raise
-
-    def _count_rejected(self, error: QueueFull | Unavailable) -> None:
-        self._state.metrics.count_rejected("queue_full" if isinstance(error, QueueFull) else "unavailable")
 
     def _end(self, reason: FinishReason, error: Exception) -> None:
         """Abort what still runs; who reads is told `error` behind what came before, without waiting for the engine."""
@@ -237,6 +238,9 @@ class Generation:
     def _drop_slow_reader(self) -> None:
         message = f"more than {MAX_HELD} tokens wait for this client; read faster, or ask for fewer tokens"
         self._end(FinishReason.ABORT, RequestTimedOut(message, code="slow_reader"))
+
+    def _begin_watching(self, receive: Receive) -> None:
+        self._watcher = asyncio.create_task(self._abort_on_disconnect(receive))
 
     async def _abort_on_disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import RECEIPT_ERROR, BodyRefused, error_response
+from service.api.errors import RECEIPT_ERROR, error_response
 from service.api.logs import REQUEST_ID, RequestRecord, new_record
 from service.errors import BodyTooLarge, RequestError, Unavailable
 from service.metrics import Metrics
@@ -36,6 +36,7 @@ SECURITY_HEADERS = {
     "Cache-Control": "no-store",
 }
 """On every answer that does not say something else: none of them is a page, a frame, a script or for a cache."""
+_SECURITY_HEADERS = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in SECURITY_HEADERS.items()]
 _MAX_BODIES = 64
 """Longest bodies whose bytes are held at once, of all requests together."""
 _NO_STATUS = 499
@@ -66,7 +67,7 @@ class RequestMiddleware:
             return
         headers = Headers(scope=scope)
         sent_id = headers.get("x-request-id", "")
-        request_id = sent_id if _SANE_ID.fullmatch(sent_id) else uuid.uuid4().hex
+        request_id = sent_id if _SANE_ID.fullmatch(sent_id) else secrets.token_hex(16)
         token = REQUEST_ID.set(request_id)
         record = new_record()
         started = time.monotonic()
@@ -77,12 +78,13 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                answer = MutableHeaders(scope=message)
-                answer["X-Request-ID"] = request_id
-                for name, value in SECURITY_HEADERS.items():
-                    answer.setdefault(name, value)
-                if body.is_left_unread or self._is_closing():
-                    answer["Connection"] = "close"
+                given = message.get("headers", ())
+                names = {name for name, _ in given}
+                more = [(b"x-request-id", request_id.encode("ascii"))]
+                more.extend(header for header in _SECURITY_HEADERS if header[0] not in names)
+                if (body.is_left_unread or self._is_closing()) and b"connection" not in names:
+                    more.append((b"connection", b"close"))
+                message["headers"] = [*given, *more]
             await send(message)
 
         try:
@@ -143,25 +145,25 @@ class _Body:
         """The next part.
 
         Raises:
-            BodyRefused: it is too long, by its stated length or by what has come, or the server reads no more of it.
+            RequestError: it is too long, by its stated length or by what has come, or the server reads no more of it.
         """
         if self._is_too_long:
             if not self._is_expected:  # else the client waits for leave to send
                 await _discard(self._receive, self._limit)
-            raise BodyRefused(_too_large(self._limit))
+            raise _too_large(self._limit)
         message = await self._receive()
         if (error := _receipt_error(self._scope)) is not None:
-            raise BodyRefused(error)
+            raise error
         self._num_bytes += len(message.get("body", b""))
         self._held.num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._limit:
             self._is_too_long = True
             if message.get("more_body", False):
                 await _discard(self._receive, self._limit)
-            raise BodyRefused(_too_large(self._limit))
+            raise _too_large(self._limit)
         if self._held.num_bytes > self._held.limit:
             self._is_too_long = True  # no more of it is read
-            raise BodyRefused(_too_many(self._held.limit))
+            raise _too_many(self._held.limit)
         return message
 
     def release(self) -> None:

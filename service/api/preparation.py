@@ -35,7 +35,9 @@ async def preparation(state: ServiceState, request: Request) -> AsyncIterator[No
         has_left = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    watchers: list[asyncio.Task[None]] = []
+    # What takes no turn of the event loop is done before anybody could leave.
+    start = asyncio.get_running_loop().call_soon(lambda: watchers.append(asyncio.create_task(watch())))
     try:
         async with asyncio.timeout(limit_s):
             yield
@@ -48,4 +50,6 @@ async def preparation(state: ServiceState, request: Request) -> AsyncIterator[No
         task.uncancel()
         raise ClientDisconnected from None
     finally:
-        watcher.cancel()
+        start.cancel()
+        for watcher in watchers:
+            watcher.cancel()

@@ -28,8 +28,11 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_MAX_HEAD_BYTES = 16384
+"""Where the configuration does not say."""
 _LINGER_S = 2.0
 """How long what a client still sends is read and dropped behind an error: a reset would take the answer from it."""
+_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _SMUGGLING_HEADERS = {b"content-length", b"transfer-encoding"}
 
 
@@ -46,6 +49,28 @@ class ConnectionLimits:
     receive_timeout_s: float
     send_timeout_s: float
     max_connections: int
+
+
+class LeanConnection(h11.Connection):
+    """Writes less often than h11, and the chunks of a stream without its bookkeeping, which they do not change."""
+
+    def __init__(self, max_head_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_head_bytes)
+        self._head = b""
+        self._is_chunked = False
+
+    def send(self, event: h11.Event) -> bytes:  # type: ignore[override]  # as h11 says of all events but one
+        """What an event is on the wire; the head of a response goes with what comes next, which is there already."""
+        if self._is_chunked and isinstance(event, h11.Data) and self.our_state is h11.SEND_BODY:
+            data = b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        else:
+            data = super().send(event) or b""
+            self._is_chunked = isinstance(event, h11.Response) and _CHUNKED in data.lower()
+        if isinstance(event, h11.Response):
+            self._head = data
+            return b""
+        head, self._head = self._head, b""
+        return head + data
 
 
 class EdgeProtocol(H11Protocol):
@@ -66,6 +91,7 @@ class EdgeProtocol(H11Protocol):
         metrics: Metrics,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn = LeanConnection(config.h11_max_incomplete_event_size or _MAX_HEAD_BYTES)
         self._limits = limits
         self._metrics = metrics
         self._receipt_timer: asyncio.TimerHandle | None = None

@@ -93,7 +93,7 @@ async def checked_grammar(fields: SamplingFields, served: ServedModel) -> str | 
     if served.grammars is None:
         raise InvalidRequest(
             f"{constraint.param} asks for text that follows a grammar; this service was installed without the extra "
-            "`grammar`; leave it out, or let the operator run: pip install 'pennyweight[grammar]'",
+            "`grammar`; leave it out, or let the operator run: pip install -e '.[grammar]'",
             param=constraint.param,
             code="not_supported",
         )

@@ -14,7 +14,7 @@ from service.api.templates import ChatTemplate
 from service.api.text import TextCodec
 from service.engine.sequence import FinishReason, SamplingParams
 from service.engine.stats import EngineState
-from service.errors import NotFound, ServiceFailed, Unavailable
+from service.errors import NotFound, QueueFull, ServiceFailed, Unavailable
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 from service.metrics import Metrics
@@ -114,6 +114,24 @@ class ServiceState:
             self.metrics.count_rejected(_REJECTIONS.get(self.phase, "loading"))
             raise self.not_ready()
         return self.served
+
+    def check_room(self, num_sequences: int = 1) -> None:
+        """Refuse so many sequences if the model that is served has no room for them now.
+
+        Raises:
+            QueueFull, Unavailable: what the engine would raise; counted.
+        """
+        if self.served is None or self.phase is not Phase.READY:
+            return  # another error says why
+        try:
+            self.served.engine.check_room(num_sequences)
+        except (QueueFull, Unavailable) as error:
+            self.count_rejected(error)
+            raise
+
+    def count_rejected(self, error: QueueFull | Unavailable) -> None:
+        """The engine has refused a request."""
+        self.metrics.count_rejected("queue_full" if isinstance(error, QueueFull) else "unavailable")
 
     def not_ready(self) -> Unavailable:
         """Why no request is taken in this phase, and whether it will be."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PRIMER_TOKENS = (4, 16)
 """Fewest and most prompt tokens that give a Detokenizer its context."""
+_MAX_CONTEXT_TOKENS = 8
+"""Of pieces that are out; with more a Detokenizer forgets all but the last, which takes another decoding."""
 _MAX_WINDOW_TOKENS = 256
 """A Detokenizer holds back bytes that are no character for so many tokens at most."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -118,7 +120,7 @@ class Detokenizer:
     """Token ids to text as they come; all pieces together are the text of all ids.
 
     Decoding a token needs the ones before it (leading spaces, characters of several tokens), so a window
-    of ids is decoded with each push: those of the last piece, and those that followed. A trailing U+FFFD
+    of ids is decoded with each push: those of the last pieces, and those that followed. A trailing U+FFFD
     may be the beginning of a character and is held back.
 
     Args:
@@ -151,9 +153,11 @@ class Detokenizer:
             return piece
         piece = text[self._num_sent :]
         if piece or is_long:
-            del self._ids[: self._num_context]
+            if len(self._ids) > _MAX_CONTEXT_TOKENS:
+                del self._ids[: self._num_context]
+                text = self._decode(self._ids)
             self._num_context = len(self._ids)
-            self._num_sent = len(self._decode(self._ids))
+            self._num_sent = len(text)
         return piece
 
     def finish(self) -> str:

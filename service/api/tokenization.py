@@ -6,21 +6,21 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from service.api.access import GuardedRoute
 from service.api.answers import DetokenizedText, Tokens
 from service.api.chat import encode_chat
 from service.api.chat_schemas import DetokenizeRequest, TokenizeRequest
 from service.api.openapi import worked
 from service.api.rendering import long_response
+from service.api.routes import JsonRoute
 from service.api.state import ServedModel, ServiceState
 from service.errors import InvalidRequest, PromptTooLong
 
 
 def tokenization_router(state: ServiceState) -> APIRouter:
     """Both routes."""
-    router = APIRouter(route_class=GuardedRoute)
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/tokenize", response_model=None, responses=worked(Tokens))
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -35,12 +35,12 @@ def tokenization_router(state: ServiceState) -> APIRouter:
         return await long_response(answer)
 
     @router.post("/detokenize", response_model=None, responses=worked(DetokenizedText))
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """Text of token ids, special tokens included."""
         served = state.require_served(body.model)
         _check_tokens(body.tokens, served)
         text = await asyncio.to_thread(served.codec.decode, body.tokens, skip_special_tokens=False)
-        return {"prompt": text}
+        return JSONResponse({"prompt": text})
 
     return router
 

@@ -64,10 +64,13 @@ class WorkerProcess:
             Unavailable: the process ended twice, or gave no sign.
         """
         async with self._free:
+            asked: subprocess.Popen[bytes] | None = None
             for _ in range(2):
                 async with self._start_lock:
-                    if self._process is None or self._process.poll() is not None:
+                    # One that has ended under this request may not be seen to have ended yet.
+                    if self._process is None or self._process is asked or self._process.poll() is not None:
                         await asyncio.to_thread(self._start)
+                    asked = self._process
                 answer = await self._ask_once(request, max_answer_bytes)
                 if answer:
                     return answer[1:]

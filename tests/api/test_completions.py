@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -156,6 +157,25 @@ def test_a_full_queue_is_429_with_the_time_to_wait(running: RunningService, gate
         gate.opened.set()
         assert blocked.result().status_code == waiting.result().status_code == 200
     assert running.metric("requests_rejected_total", reason="queue_full") == rejected + 1
+
+
+@pytest.mark.usefixtures("still_good")
+def test_a_full_queue_is_told_before_the_body_is_read(running: RunningService, gate: Gate) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 7\r\n\r\n"
+    with ThreadPoolExecutor() as pool, socket.create_connection(("127.0.0.1", running.port), 60) as client:
+        blocked = pool.submit(running.complete, prompt=BLOCK, max_tokens=1)
+        assert gate.reached.wait(60)
+        waiting = pool.submit(running.complete, prompt=["a"] * 4, max_tokens=1)
+        assert eventually(lambda: running.metric("requests_waiting") == 4)
+        client.sendall(head)
+        assert client.recv(65536).startswith(b"HTTP/1.1 429 ")
+        client.sendall(b"no json" + head)  # the connection goes on behind a body that nobody wanted
+        assert client.recv(65536).startswith(b"HTTP/1.1 429 ")
+        assert running.client.post("/tokenize", json={"prompt": "a"}).status_code == 200
+        gate.opened.set()
+        assert blocked.result().status_code == waiting.result().status_code == 200
+        client.sendall(b"no json" + head.replace(b"Host", b"Content-Type: application/json\r\nHost") + b"no json")
+        assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.usefixtures("still_good")

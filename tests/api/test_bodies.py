@@ -1,16 +1,18 @@
-"""JSON of many parts: refused before it is parsed, whatever stands in its texts."""
+"""Bodies: of many parts, which are refused before they are parsed, and those that end too soon."""
 
 from __future__ import annotations
 
 import json
+import logging
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from service.api.access import MAX_JSON_PARTS
+from service.api.bodies import MAX_JSON_PARTS
 from tests.api.conftest import SETTINGS
-from tests.api.support import RunningService, assert_error, run_service
+from tests.api.support import RunningService, assert_error, eventually, run_service
 from tests.models import write_checkpoint
 
 HEADERS = {"Content-Type": "application/json"}
@@ -57,3 +59,15 @@ def test_a_text_without_an_end_is_no_json(roomy: RunningService, text: bytes) ->
     response = roomy.client.post("/v1/completions", content=HEAD + text, headers=HEADERS)
     assert response.status_code == 400
     assert response.json()["error"]["code"] in ("invalid_json", "too_many_parts")
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_defect(
+    roomy: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = roomy.client.base_url
+    with caplog.at_level(logging.INFO):
+        with socket.create_connection((url.host, url.port)) as connection:
+            head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt":'.encode())
+        assert eventually(lambda: any(" 499 " in message for message in caplog.messages))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
