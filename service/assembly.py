@@ -23,11 +23,12 @@ from service.engine.engine import Engine
 from service.engine.sizing import device_memory, kv_memory_bytes
 from service.errors import CheckpointError, SettingError, UnsupportedModel
 from service.loading.loader import LoadedModel, LoadOptions, load_model, peak_bytes
-from service.loading.progress import LoadProgress, Phase
+from service.loading.plan import Limits
+from service.loading.progress import Phase
 from service.metrics import ModelFigures
 from service.numerics.recipe import parse_recipe
 from service.reports.machine import thread_limits
-from service.settings import Settings
+from service.settings import Settings, model_name
 
 has_grammars = find_spec("llguidance") is not None
 if has_grammars:
@@ -54,7 +55,9 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
     disable_progress_bars()
     num_threads = thread_limits().num_threads if settings.threads == "auto" else settings.threads
     torch.set_num_threads(num_threads)  # of this thread, for quantization
-    loaded = _load_weights(settings, state.progress)
+    loaded = load_model(load_options(settings), state.progress)
+    peak, planned = loaded.report.peak_bytes["host"], loaded.plan.peak_bytes
+    logger.info("the load took %d bytes at its peak, %d at most were planned", peak, planned)
     state.progress.enter(Phase.WARMUP)
     max_model_len = _max_model_len(settings, loaded)
     tokenizer, eos_token_ids = _load_tokenizer(loaded, trust_remote_code=settings.trust_remote_code)
@@ -86,18 +89,20 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
     return Loaded(served, engine, figures)
 
 
-def _load_weights(settings: Settings, progress: LoadProgress) -> LoadedModel:
-    options = LoadOptions(
+def load_options(settings: Settings) -> LoadOptions:
+    """What settings say about loading."""
+    return LoadOptions(
         model=settings.model or str(model_folder()),
         recipe=parse_recipe(settings.quantize),
+        folder_name=model_name(settings) if settings.model is None else None,
         revision=settings.revision,
         device=settings.device,
         dtype=settings.dtype,
         cache_dir=settings.cache_dir,
         trust_remote_code=settings.trust_remote_code,
         kernel_isa=settings.kernel_isa,
+        limits=Limits(memory_bytes=settings.memory, kv_memory_bytes=settings.kv_memory),
     )
-    return load_model(options, progress)
 
 
 def _make_matchers(tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> Matchers | None:
@@ -119,6 +124,7 @@ def _engine_config(settings: Settings, loaded: LoadedModel, *, max_model_len: in
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             kv_cache=settings.kv_cache,
+            memory_limit=settings.memory,
         ),
         kv_cache=settings.kv_cache,
         max_queue=settings.max_queue,

@@ -7,7 +7,9 @@
     |   |-- ModelNotFound       no such directory, repository or revision
     |   |-- UnsupportedModel    a model that this version cannot serve correctly
     |   |-- CheckpointError     files that are missing, damaged or do not fit
+    |   |-- DoesNotFit          it needs more memory than there is                  exit 3
     |   `-- QuantizationError   a weight that cannot be quantized
+    |-- BenchError              a server that cannot be measured                    exit 1
     `-- RequestError            a request is refused or fails                       its HTTP status
         |-- InvalidRequest      400
         |   |-- PromptTooLong   400
@@ -62,8 +64,18 @@ class CheckpointError(ModelError):
     """Checkpoint files are missing, damaged, or do not match the config."""
 
 
+class DoesNotFit(ModelError):
+    """The model needs more memory than there is, or than `--memory` allows."""
+
+    exit_code = 3
+
+
 class QuantizationError(ModelError):
     """A weight cannot be quantized: wrong number of dimensions, NaN or infinity."""
+
+
+class BenchError(PennyweightError):
+    """A server that is to be measured is not there, is too slow, refuses, or is of another model than its twin."""
 
 
 class GrammarError(PennyweightError):

@@ -13,12 +13,7 @@ from pydantic_core import PydanticCustomError
 from service.api.limits import MAX_RATE, parse_rates
 from service.errors import SettingError
 
-LATER_SETTINGS = frozenset(
-    {
-        *("cache_limit", "fidelity", "max_kl"),
-        *("memory", "verify"),
-    }
-)
+LATER_SETTINGS = frozenset({"cache_limit", "fidelity", "max_kl", "verify"})
 """Names that are kept for other versions."""
 SECRETS = frozenset({"api_keys", "metrics_key"})
 """Names that only variables have, and nothing prints; a file may hold the same."""
@@ -129,8 +124,12 @@ class Settings(BaseModel):
     max_num_seqs: Annotated[int, Field(ge=1, le=4096, description="sequences computed together")] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1, le=2**20, description="tokens of one step")] = 512
     step_budget_ms: Annotated[
-        int, Field(ge=1, le=60000, description="milliseconds of a step that computes a prompt beside decodes")
+        int, Field(ge=1, le=60000, description="milliseconds that prompts may add to a step that decodes")
     ] = 50
+    memory: Annotated[
+        Size | None,
+        Field(description="memory that the process may take, such as 2GiB; more is refused; default: what there is"),
+    ] = None
     kv_memory: Annotated[
         Size | None, Field(description="memory for keys and values, such as 64MiB; default: worked out")
     ] = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,22 +27,35 @@ class Hub:
     Attributes:
         url: its endpoint.
         fetched: names of the files that were downloaded, in order.
+        ranges: names of the files of which a range was read, and how many bytes that was.
     """
 
     url: str
     fetched: list[str] = field(default_factory=list)
+    ranges: list[tuple[str, int]] = field(default_factory=list)
+
+    def take(self, name: str, body: bytes, wanted: str | None) -> bytes:
+        """The range of a file that is asked for, or all of it; noted."""
+        if wanted is None:
+            self.fetched.append(name)
+            return body
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+        assert found is not None, wanted
+        part = body[int(found[1]) : int(found[2]) + 1]
+        self.ranges.append((name, len(part)))
+        return part
 
 
 @contextmanager
 def serve_hub(repo: str, folder: Path, *, gated: bool = False) -> Iterator[Hub]:
     """Serve the files of `folder` as repository `repo` with one commit; `gated` refuses everyone without `TOKEN`."""
-    fetched: list[str] = []
-    handler = _handler(repo, folder, gated=gated, fetched=fetched)
+    hub = Hub("")
+    handler = _handler(repo, folder, gated=gated, hub=hub)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield Hub(f"http://127.0.0.1:{server.server_port}", fetched)
+        yield replace(hub, url=f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
         server.server_close()
@@ -55,7 +69,7 @@ def use(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def _handler(repo: str, folder: Path, *, gated: bool, fetched: list[str]) -> type[BaseHTTPRequestHandler]:
+def _handler(repo: str, folder: Path, *, gated: bool, hub: Hub) -> type[BaseHTTPRequestHandler]:
     names = sorted(path.name for path in folder.iterdir())
     api, resolve = f"/api/models/{repo}/", f"/{repo}/resolve/{COMMIT}/"
 
@@ -86,11 +100,12 @@ def _handler(repo: str, folder: Path, *, gated: bool, fetched: list[str]) -> typ
                 self.send_json([{"type": "file", "path": n, "size": sizes[n], "oid": etag(n)} for n in names])
             elif path.startswith(resolve) and path.removeprefix(resolve) in names:
                 name = path.removeprefix(resolve)
-                if self.command == "GET":
-                    fetched.append(name)
-                self.send(200, (folder / name).read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": etag(name)})
+                body = (folder / name).read_bytes()
+                part = hub.take(name, body, self.headers.get("Range")) if self.command == "GET" else body
+                status = 200 if part is body else 206
+                self.send(status, part, {"X-Repo-Commit": COMMIT, "ETag": etag(name)})
             else:
-                self.refuse(404, "RepoNotFound")
+                self.refuse(404, "EntryNotFound" if path.startswith(resolve) else "RepoNotFound")
 
         def refuse(self, status: int, code: str) -> None:
             self.send(status, b"", {"X-Error-Code": code})

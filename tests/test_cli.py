@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from service import __version__
 from service.cli import main
 from service.invocation import COMMANDS, flag_of
+from service.numerics.recipe import parse_recipe
 from service.settings import Settings
 
 
@@ -23,6 +26,17 @@ def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """What a service of one test logs to is not there for the next."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers = handlers
+    root.setLevel(level)
+
+
 def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pennyweight {__version__}\n"
@@ -30,7 +44,7 @@ def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> Non
     assert "usage: pennyweight serve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "plan", "doctor"])
 def test_help_of_a_command_names_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -41,16 +55,31 @@ def test_help_of_a_command_names_every_setting(command: str, capsys: pytest.Capt
     assert "\0" not in text
 
 
-@pytest.mark.parametrize("words", [["bench", "--help"], ["bench", "kernels", "--help"]], ids=" ".join)
-def test_help_of_the_benchmark_names_its_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("subject", "names"),
+    [
+        ("kernels", ("schemes", "shapes", "rows", "threads", "footprint", "output", "json")),
+        ("serve", ("url", "clients", "rate", "requests", "duration", "text", "api-key-file", "output", "plot", "json")),
+    ],
+)
+def test_help_of_a_benchmark_names_its_options(
+    subject: str, names: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        main(["bench", subject, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in ("schemes", "shapes", "rows", "threads", "footprint", "output", "json"))
+    assert all(f"--{name}" in text for name in names)
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "evaluate", "server"])
+def test_help_of_the_benchmarks_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "pennyweight bench kernels" in text
+    assert "pennyweight bench serve" in text
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "evaluate", "server"])
 def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,9 +92,10 @@ def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; available: serve, doctor, bench"),
-        (["bench"], "bench: nothing to measure was named; write `pennyweight bench kernels`"),
-        (["bench", "serve"], "bench serve: version .* has no such benchmark; write `pennyweight bench kernels`"),
+        ([], "no command given; available: serve, plan, doctor, bench"),
+        (["bench"], "bench: nothing to measure was named; write `pennyweight bench kernels` or"),
+        (["bench", "disk"], "bench disk: version .* has no such benchmark; write `pennyweight bench kernels` or"),
+        (["bench", "serve"], "--url: given 0 times; name one server, or two to compare"),
         (["bench", "kernels", "--rows", "x"], "--rows x: 'x' must be a whole number"),
         (["serve", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
         (["serve", "--quantize", "w9a16"], "--quantize: .*w9a16"),
@@ -78,6 +108,10 @@ def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
         (["serve", "--rate-limit", "often"], "--rate-limit often: must be rates of 1 to 100000 requests"),
         (["serve", "--cors-origin", "*"], r"--cors-origin \*: without API keys every web page"),
         (["doctor", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
+        (["plan", "--quantize", "w9a16"], "--quantize: .*w9a16"),
+        (["plan", "--memory", "lots"], "--memory lots: must be a number of bytes"),
+        (["plan", "--quantize", "w8a16,nothing=none"], "pattern 'nothing' matches no layer of this model"),
+        (["plan", "--memory", "1GB", "--kv-memory", "2GB"], "--kv-memory 2000000000 and --memory 1000000000: keys"),
         (["doctor", "--print-config"], "--print-config: no setting of version"),
         (["serve", "--host", "nowhere.invalid"], "--host nowhere.invalid: no such address"),
         (["serve", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000: cannot listen there"),
@@ -176,3 +210,57 @@ def test_a_doctor_tells_people_the_same(capsys: pytest.CaptureFixture[str]) -> N
     assert printed.err == ""
     assert re.search(rf"^version +{re.escape(__version__)} *$", printed.out, re.MULTILINE)
     assert re.search(r"^settings +model +- *$", printed.out, re.MULTILINE)
+
+
+PLAN_FIELDS = {
+    "original_bytes": int,
+    "quantized_bytes": int,
+    "peak_bytes": int,
+    "kv_bytes_per_token": int,
+    "available_bytes": int,
+    "fits": bool,
+    "modules": list,
+}
+
+
+def test_a_plan_is_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--quantize", "w4a16", "--dtype", "bfloat16", "--json"]) == 0
+    printed = capsys.readouterr()
+    planned = json.loads(printed.out)
+    assert printed.err == ""
+    assert {name: type(planned[name]) for name in PLAN_FIELDS} == PLAN_FIELDS
+    assert planned["model"] == "pennyweight-demo"
+    assert planned["fits"] is True
+    assert all(row.keys() == {"pattern", "count", "scheme", "bytes"} for row in planned["modules"])
+    assert sum(row["bytes"] for row in planned["modules"]) == planned["quantized_bytes"] < planned["original_bytes"]
+    assert {row["scheme"] for row in planned["modules"]} == {"none", "w8a16", "w4a16-g64"}
+    assert parse_recipe(planned["recipe"]).text == "w4a16-g64"
+
+
+def test_a_plan_that_does_not_fit_is_3_and_prints_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--memory", "10MB", "--json"]) == 3
+    printed = capsys.readouterr()
+    planned = json.loads(printed.out)
+    assert (planned["fits"], planned["available_bytes"]) == (False, 10_000_000)
+    assert planned["refusal"].startswith("pennyweight-demo as w8a16 needs ")
+    assert printed.err == f"pennyweight: {planned['refusal']}\n"
+    assert "--memory allows 10000000; none of w8a16, " in planned["refusal"]
+
+
+def test_a_plan_tells_people_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--kv-cache", "int8"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert re.search(r"model\.layers\.\*\.mlp\.down_proj +. +6 . w8a16 ", printed.out)
+    assert re.search(r"^fits +yes *$", printed.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("/nowhere/model", "/nowhere/model: no such directory"), ("tests", "tests has no config.json")],
+)
+def test_a_model_that_is_not_there_is_not_planned(model: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", model]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err

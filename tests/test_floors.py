@@ -64,9 +64,15 @@ def test_imports_make_no_cycle() -> None:
     assert import_cycle(SERVICE) == []
 
 
-RUN_ALONE = {"service.assembly", "service.demo.train", "service.reports.doctor", "service.api.template_worker"}
+RUN_ALONE = {
+    "service.api.template_worker",
+    "service.assembly",
+    "service.demo.train",
+    "service.reports.doctor",
+    "service.reports.plan",
+}
 RUN_ALONE |= {"service.api.grammar_worker", "service.api.matchers"}
-RUN_ALONE |= {f"service.reports.bench_{name}" for name in ("runs", "kernels", "table")}
+RUN_ALONE |= {f"service.reports.bench_{name}" for name in ("runs", "kernels", "table", "serve_plot")}
 LIGHT = [name for name, module in SERVICE.items() if (floor_of(module.room) or 0) >= 6 and name not in RUN_ALONE]
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from service.errors import CheckpointError
 from service.loading.pickles import read_pickle
 from service.loading.shards import PICKLE_SUFFIX, shard_paths
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,9 +42,30 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_TAGS = {dtype: tag for tag, dtype in _DTYPES.items()}
+"""Those of safetensors that torch has, by the names that they have there."""
+_TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
 _READ_BYTES = 16 * 2**20  # one system call; progress advances at this grain
+
+
+class TensorHeader(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
 
 
 @dataclass(slots=True)
@@ -87,7 +108,7 @@ class TensorRef:
     @property
     def dtype(self) -> torch.dtype:
         """The torch dtype."""
-        return _DTYPES[self.tag]
+        return DTYPES[self.tag]
 
     @property
     def num_bytes(self) -> int:
@@ -225,7 +246,7 @@ def read_header(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...], in
         raise _damaged(path, f"its header does not parse ({type(error).__name__})") from error
     data_start, position = 8 + header_bytes, 0
     for name, tag, shape, begin, end in sorted(rows, key=lambda row: row[3:]):
-        expected = math.prod(shape) * _DTYPES[tag].itemsize
+        expected = math.prod(shape) * DTYPES[tag].itemsize
         if begin != position or end - begin != expected:
             raise _damaged(
                 path, f"tensor {name!r} of {expected} bytes has range {begin}..{end}, expected at {position}"
@@ -238,7 +259,7 @@ def read_header(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...], in
 
 def _entry(name: str, entry: dict[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
     tag, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if tag not in _DTYPES:
+    if tag not in DTYPES:
         raise ValueError(f"dtype {tag!r} of tensor {name!r}")
     if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
         raise ValueError(f"sizes of tensor {name!r}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from service.errors import CheckpointError, ModelNotFound, SettingError, UnsupportedModel
+from service.errors import CheckpointError, ModelError, ModelNotFound, PennyweightError, SettingError, UnsupportedModel
 from service.loading.source import ModelSource
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -217,6 +218,22 @@ def pick_dtype(dtype: str, device: torch.device, of_checkpoint: torch.dtype | No
     capabilities = torch.cpu.get_capabilities()
     has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+@contextmanager
+def class_errors() -> Iterator[None]:
+    """Within it, whatever a model's class raises becomes ours: classes fail in any way, above all those of own code.
+
+    Raises:
+        ModelError: with the first line of what it said.
+    """
+    try:
+        yield
+    except PennyweightError:
+        raise
+    except Exception as error:
+        text = f"transformers could not load this model: {type(error).__name__}: {first_line(error)}"
+        raise ModelError(text) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from service.errors import CheckpointError, ModelError, UnsupportedModel
 from service.loading.quantizer import LoadRecord
+from service.loading.report import WeightBytes
 
 MIN_COVERAGE = 0.9  # share of the weights with an assigned scheme that must carry it
 _CHUNK = 1 << 22  # elements looked at together, so that the check needs no memory to speak of
@@ -89,6 +90,19 @@ def check_coverage(record: LoadRecord) -> None:
     zeroed = [name for name, error in record.encoded.items() if error.signal > 0 and error.noise >= error.signal]
     if zeroed:
         raise ModelError(f"quantization left nothing of {_listed(zeroed)}; use a recipe with more bits there")
+
+
+def check_plan(held: WeightBytes, planned: WeightBytes) -> None:
+    """The model holds what was planned, to the byte.
+
+    Raises:
+        ModelError: with both figures.
+    """
+    if held != planned:
+        raise ModelError(
+            f"the loaded model holds {held.total} bytes ({held}), {planned.total} were planned ({planned}); this "
+            "version counts this kind of model wrongly: please report it"
+        )
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -116,7 +116,7 @@ class LoadQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         record, dtype = self.record, model.dtype
-        record.original_bytes, record.num_parameters = _original_size(model)
+        record.original_bytes, record.num_parameters = original_size(model)
         vocabulary = find_vocabulary(model)
         record.shared = {} if self.recipe.is_none else tied_linears(model, model.all_tied_weights_keys)
         share(model, record.shared)  # each is one slot; below all take what was swapped in
@@ -319,7 +319,7 @@ def find_vocabulary(model: PreTrainedModel) -> Vocabulary:
     return Vocabulary(embedding=embedding, head=head, is_tied=is_tied)
 
 
-def _original_size(model: PreTrainedModel) -> tuple[int, int]:
+def original_size(model: PreTrainedModel) -> tuple[int, int]:
     """(bytes of parameters and persistent buffers, number of parameters), tied tensors once."""
     tied = model.all_tied_weights_keys
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}

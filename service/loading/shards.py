@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from service.errors import CheckpointError, ModelNotFound
+from service.errors import CheckpointError, ModelError, ModelNotFound
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -30,6 +30,15 @@ def shard_paths(folder: Path) -> list[Path]:
         f"{folder.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, nor {PICKLE_SINGLE_NAME}; "
         "give the directory of a Hugging Face model"
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds all of its weight files."""
+    try:
+        shard_paths(folder)
+    except ModelError:
+        return False
+    return True
 
 
 def _named_shards(folder: Path, index_name: str) -> list[Path]:

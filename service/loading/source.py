@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from service.errors import ModelNotFound, SettingError
 from service.loading.progress import LoadProgress, Phase
 from service.loading.shards import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_SINGLE_NAME, SINGLE_NAME, index_shards
+
+LOCAL = "local"
+"""The revision of what is no hub repository."""
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _CODE_FILES = ["*.py"]
@@ -48,11 +53,15 @@ def resolve_source(
     cache_dir: Path | None,
     progress: LoadProgress,
     with_code: bool = False,
+    with_weights: bool = True,
 ) -> ModelSource:
     """Find a local directory, or download a hub repository (or take it from the cache).
 
     Only config, tokenizer and weight files are downloaded, and code if asked for. `HF_HUB_OFFLINE=1` forbids the
     network.
+
+    Args:
+        with_weights: without it the weights of a hub repository are there only if they have been before.
 
     Raises:
         ModelNotFound: no such directory, repository or revision; gated; or offline without a local copy.
@@ -62,17 +71,26 @@ def resolve_source(
     if folder.is_dir():
         if revision is not None:
             raise SettingError(f"--revision {revision}: {model} is a local directory; revisions exist on the hub only")
-        return ModelSource(folder=folder, name=folder.resolve().name, revision="local")
+        return ModelSource(folder=folder, name=folder.resolve().name, revision=LOCAL)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelNotFound(f"{model}: no such directory; give a local directory or a hub id such as org/name")
-    progress.enter(Phase.DOWNLOAD)
+    if with_weights:
+        progress.enter(Phase.DOWNLOAD)
     small_files = _SMALL_FILES + (_CODE_FILES if with_code else [])
-    snapshot = _download(model, revision, cache_dir, small_files=small_files, progress=progress)
+    snapshot = _download(
+        model, revision, cache_dir, small_files=small_files, with_weights=with_weights, progress=progress
+    )
     return ModelSource(folder=snapshot, name=model, revision=snapshot.name)
 
 
 def _download(
-    model: str, revision: str | None, cache_dir: Path | None, *, small_files: list[str], progress: LoadProgress
+    model: str,
+    revision: str | None,
+    cache_dir: Path | None,
+    *,
+    small_files: list[str],
+    with_weights: bool,
+    progress: LoadProgress,
 ) -> Path:
     def fetch(patterns: list[str]) -> Path:
         return Path(
@@ -85,8 +103,10 @@ def _download(
             )
         )
 
-    try:
+    with hub_errors(model, revision, cache_dir):
         folder = fetch(small_files)
+        if not with_weights:
+            return folder
         for index_name, single_name in ((INDEX_NAME, SINGLE_NAME), (PICKLE_INDEX_NAME, PICKLE_SINGLE_NAME)):
             index = folder / index_name
             shards = index_shards(index) if index.is_file() else [single_name]
@@ -94,6 +114,18 @@ def _download(
             if any((folder / shard).is_file() for shard in shards):
                 break
         return folder
+
+
+@contextmanager
+def hub_errors(model: str, revision: str | None, cache_dir: Path | None) -> Iterator[None]:
+    """Within it, errors of huggingface_hub become ours.
+
+    Raises:
+        ModelNotFound: no such repository or revision; gated; out of reach, or the hub answers with an error.
+        SettingError: the cache directory cannot be written.
+    """
+    try:
+        yield
     except GatedRepoError as error:
         raise ModelNotFound(
             f"{model} is gated: ask for access on its hub page, then set HF_TOKEN to a token that has it"

@@ -80,6 +80,7 @@ def _sweep(model_type: str, folder: Path) -> Outcome:
     rounded.generation_config = reference.generation_config
     try:
         loaded = load(folder, "w8a16")
+        assert loaded.plan.weight_bytes == loaded.report.weight_bytes, "the plan knew it to the byte"
         round_weights(rounded, loaded)
         quantized = _serve(model_type, loaded, rounded)
     except PennyweightError as error:

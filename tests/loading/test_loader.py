@@ -169,7 +169,9 @@ def test_a_tied_checkpoint_may_hold_its_weight_twice_or_under_the_head_only(reci
 def test_two_different_weights_are_served_untied_whatever_the_config_says(recipe: str, tmp_path: Path) -> None:
     folder = write_checkpoint("llama_tied", tmp_path / "m")
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING] * 2}))
-    with_config_tied = logits(load(folder, recipe).model)
+    loaded = load(folder, recipe)
+    assert loaded.plan.weight_bytes == loaded.report.weight_bytes
+    with_config_tied = logits(loaded.model)
     edit_config(folder, tie_word_embeddings=False)
     assert torch.equal(with_config_tied, logits(load(folder, recipe).model))
 
