@@ -24,11 +24,12 @@ WORKDIR /build
 COPY pyproject.toml deploy/requirements.py ./
 RUN python requirements.py pyproject.toml torch > torch.txt \
     && python requirements.py pyproject.toml all > requirements.txt \
+    && python requirements.py pyproject.toml grammar > requirements-grammar.txt \
     && python requirements.py pyproject.toml gpu > requirements-gpu.txt
 # Where torch comes from: empty for pip's own index, whose Linux build carries CUDA and takes gigabytes.
 ARG TORCH_INDEX=
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt
-RUN pip install --requirement requirements.txt
+RUN pip install --requirement requirements.txt --requirement requirements-grammar.txt
 
 
 # The package, with what is compiled for it. Compilers stay in this stage.
@@ -41,17 +42,18 @@ FROM builder AS builder-gpu
 RUN pip install --requirement requirements-gpu.txt
 
 
-# What both images share. All that is ever written lies under /data; the rest may be read-only.
+# What both images share. All that is ever written lies in two volumes, which may be shared: models of the hub, and what
+# is made of them. They exist in the image, so that new volumes belong to its user.
 FROM base AS runtime
 RUN groupadd --gid 10001 pennyweight \
-    && useradd --uid 10001 --gid 10001 --home-dir /data --no-create-home --shell /usr/sbin/nologin pennyweight \
-    && install --directory --owner=10001 --group=10001 /data
-ENV HOME=/data \
+    && useradd --uid 10001 --gid 10001 --home-dir /data/cache --no-create-home --shell /usr/sbin/nologin pennyweight \
+    && install --directory --owner=10001 --group=10001 /data/huggingface /data/cache
+ENV HOME=/data/cache \
     HF_HOME=/data/huggingface \
     XDG_CACHE_HOME=/data/cache \
     PYTHONDONTWRITEBYTECODE=1 \
     PENNYWEIGHT_HOST=0.0.0.0
-VOLUME /data
+VOLUME /data/huggingface /data/cache
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

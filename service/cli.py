@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from service import __version__
 from service.access import read_access
 from service.app import run
-from service.commands import bench_kernels, doctor
+from service.commands import bench_kernels, bench_serve, doctor, plan
 from service.errors import PennyweightError, SettingError
-from service.invocation import COMMANDS, Invocation, read_invocation, read_kernel_bench
+from service.invocation import COMMANDS, Invocation, read_invocation, read_kernel_bench, read_serve_bench
 from service.settings import Settings, as_toml, read_hub_token
 
 logger = logging.getLogger(__name__)
 
 _USAGE = """usage: pennyweight serve [MODEL] [options]
+       pennyweight plan [MODEL] [--quantize RECIPE] [--memory SIZE] [--json] [options]
        pennyweight doctor [--json] [options]
        pennyweight bench kernels [--json] [options]
+       pennyweight bench serve --url URL [--url URL] [--json] [options]
 
 Serves a Hugging Face causal language model, quantized while it loads.
 
@@ -58,6 +60,9 @@ def _dispatch(words: list[str]) -> int:
         raise SettingError(f"{command} is not part of version {__version__}; available: {available}")
     if command == "doctor":
         return _doctor(rest)
+    if command == "plan":
+        invocation = read_invocation(rest, os.environ, command)
+        return plan(invocation.settings, as_json=invocation.as_json)
     if command == "bench":
         return _bench(rest)
     return _serve(read_invocation(rest, os.environ, command))
@@ -108,14 +113,18 @@ def _check_secrets(settings: Settings) -> None:
 
 
 def _bench(words: list[str]) -> int:
+    available = "write `pennyweight bench kernels` or `pennyweight bench serve`"
     if not words:
-        raise SettingError("bench: nothing to measure was named; write `pennyweight bench kernels`")
+        raise SettingError(f"bench: nothing to measure was named; {available}")
     subject, *rest = words
     if subject in ("--help", "-h"):
-        rest = ["--help"]
-    elif subject != "kernels":
-        raise SettingError(
-            f"bench {subject}: version {__version__} has no such benchmark; write `pennyweight bench kernels`"
-        )
+        print("usage: pennyweight bench kernels [options]\n       pennyweight bench serve --url URL [options]\n")
+        print(f"{COMMANDS['bench']} `pennyweight bench kernels --help` and `... serve --help` list the options.")
+        return 0
+    if subject == "serve":
+        serve_bench, as_json = read_serve_bench(rest, os.environ)
+        return bench_serve(serve_bench, as_json=as_json)
+    if subject != "kernels":
+        raise SettingError(f"bench {subject}: version {__version__} has no such benchmark; {available}")
     bench, invocation = read_kernel_bench(rest, os.environ)
     return bench_kernels(bench, invocation.settings, as_json=invocation.as_json)

@@ -17,15 +17,18 @@ from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource
 from service import __version__
 from service.errors import RecipeError, SettingError
 from service.numerics.recipe import parse_recipe
-from service.reports import bench_options
+from service.reports import bench_options, bench_serve_options
 from service.reports.bench_options import KernelBench
+from service.reports.bench_serve_options import KEY_VARIABLE, ServeBench
 from service.settings import LATER_SETTINGS, SECRETS, Settings, Size
 
 ENVIRONMENT_PREFIX = "PENNYWEIGHT_"
 COMMANDS = {
     "serve": "Load a model, quantize it while it loads, and serve it over HTTP.",
+    "plan": "Tell from config and headers alone what a load will take, and whether that fits; reads no weights.",
     "doctor": "Tell what this machine offers, which settings are in force, and what is in the way of a service.",
-    "bench": "Measure: `bench kernels` times products with packed weights beside a read and beside bf16 linear.",
+    "bench": "Measure: `bench kernels` times products with packed weights beside a read and beside bf16 linear; "
+    "`bench serve` puts load on one running server, or on two in turns.",
 }
 """Every command and what it does."""
 
@@ -94,6 +97,11 @@ def read_invocation(arguments: Sequence[str], environment: Mapping[str, str], co
         raise SettingError(_describe(error, origins)) from error
     except RecipeError as error:
         raise RecipeError(f"{origins['quantize']}: {error}") from error
+    if settings.memory is not None and settings.kv_memory is not None and settings.kv_memory >= settings.memory:
+        raise SettingError(
+            f"{origins['kv_memory']} {settings.kv_memory} and {origins['memory']} {settings.memory}: keys and values "
+            "are part of the memory of the process; raise the one or lower the other"
+        )
     return Invocation(
         settings=settings,
         print_config=words.get("print_config", False),
@@ -122,6 +130,20 @@ def read_kernel_bench(arguments: Sequence[str], environment: Mapping[str, str]) 
         output=None if words["output"] is None else bench_options.parse_output(words["output"]),
     )
     return bench, invocation
+
+
+def read_serve_bench(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[ServeBench, bool]:
+    """Read what follows `pennyweight bench serve`, and whether JSON is wanted; no setting of a service matters here.
+
+    Raises:
+        SettingError: a name or a value is wrong, with name, value and rule.
+        SystemExit: `--help` was asked for and printed.
+    """
+    description = "Put load on a running server, or on two in turns: latency, throughput, memory and quality."
+    parser = _Parser(prog="pennyweight bench serve", description=description, allow_abbrev=False)
+    bench_serve_options.add_options(parser)
+    words = vars(parser.parse_args(arguments))
+    return bench_serve_options.read_options(words, environment), words["json"]
 
 
 def _kernel_bench_parser() -> argparse.ArgumentParser:
@@ -178,7 +200,7 @@ def variable_of(name: str) -> str:
     return ENVIRONMENT_PREFIX + name.upper()
 
 
-_OTHER_VARIABLES = frozenset(map(variable_of, (_CONFIG, *SECRETS)))
+_OTHER_VARIABLES = frozenset((*map(variable_of, (_CONFIG, *SECRETS)), KEY_VARIABLE))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -78,7 +78,8 @@ def test_a_recipe_of_the_readme_is_one(recipe: str) -> None:
 
 
 def test_a_series_of_the_readme_is_exported() -> None:
-    exported = set(re.findall(r'"([a-z_]+)"', (ROOT / "service" / "metrics.py").read_text(encoding="utf-8")))
+    source = (ROOT / "service" / "metrics.py").read_text(encoding="utf-8")
+    exported = set(re.findall(r'"(?:\{PREFIX\}_)?([a-z_]+)"', source))
     named = re.findall(r"`pennyweight_([a-z_]+)", section("Metrics"))
     assert named
     assert {name.removesuffix("_total") for name in named} <= exported
@@ -123,3 +124,19 @@ def test_the_readme_states_the_stored_figures() -> None:
             assert f"| {speed['decode_1']:.1f}, {speed['decode_16']:.1f}, {speed['prefill_512']:.2f} |" in README
     kernels = json.loads((results / "kernels_2026-11-21.json").read_text(encoding="utf-8"))
     assert f"| {max(row['linear_ratio'] for row in kernels['rows']):.2f} |" in README
+
+
+def test_the_caption_of_the_saving_says_what_was_measured() -> None:
+    """And the picture is the one that was drawn of these figures."""
+    figures = json.loads((ROOT / "tests" / "benchmarks" / "results" / "serve_2026-11-21.json").read_text("utf-8"))
+    picture = (ROOT / "docs" / "images" / "saving.png").read_bytes()
+    assert figures["date"].encode() in picture
+    caption = README.partition("saving.png)")[2].partition("\n## ")[0]
+    one, many = (row["output_tokens_per_s_ratio"] for row in figures["comparisons"])
+    for words in (
+        f"{figures['models'][1]['saving_ratio']:.0%}".replace("%", " % less weights"),
+        f"{one:.2f} times the tokens per second for one client and {many:.2f} times for eight",
+        f"{100 * figures['quality']['top1_ratio']:.1f} % of the time",
+    ):
+        assert words in caption.replace("\n", " ")
+    assert all(row["errors"] == 0 for row in figures["servers"])

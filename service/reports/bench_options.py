@@ -123,7 +123,7 @@ def parse_encoder_parameters(text: str) -> int:
     return int(text)
 
 
-def parse_output(text: str) -> Path:
+def parse_output(text: str, flag: str = "--output") -> Path:
     """A file to write, known to be possible before minutes are spent.
 
     Raises:
@@ -132,14 +132,12 @@ def parse_output(text: str) -> Path:
     try:
         path = Path(text).expanduser()
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise SettingError(
-                f"--output {_shown(text)}: must be a file in a folder that exists; make the folder first"
-            )
+            raise SettingError(f"{flag} {_shown(text)}: must be a file in a folder that exists; make the folder first")
         _try_to_write(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(
-            f"--output {_shown(text)}: {reason}; it must be a file that can be written: name one in another folder"
+            f"{flag} {_shown(text)}: {reason}; it must be a file that can be written: name one in another folder"
         ) from error
     return path
 

@@ -1,40 +1,23 @@
-"""The figures of `pennyweight bench kernels` for people: a table for each shape, and its progress on a terminal."""
+"""The figures of `pennyweight bench kernels` for people: a table for each shape."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import groupby
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from service.reports.bench_kernels import KernelReport, KernelRow
+from service.reports.terminal import FILE_WIDTH, duration
 
 _GB = 1e9
 _MIB = 2**20
-_FILE_WIDTH = 160
-
-
-@contextmanager
-def terminal_progress(console: Console | None = None) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, if that is a terminal; it is drawn between measurements only, which would notice a thread."""
-    console = console or Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as bars:
-        bar = bars.add_task("")
-
-        def show(text: str, num_done: int, num_all: int) -> None:
-            bars.update(bar, description=text, completed=num_done, total=num_all, refresh=True)
-
-        yield show
 
 
 def print_report(report: KernelReport, console: Console | None = None) -> None:
     """Everything that was measured, in figures that compare."""
-    console = console or Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     machine, footprint = report.machine, report.footprint["bytes"]
     console.print(
         f"{machine['cpu'] or machine['architecture']}, {machine['threads']} threads, torch {machine['torch']}, "
@@ -65,9 +48,9 @@ def _shape_table(title: str, rows: list[KernelRow]) -> Table:
     for name in ("rows", "bf16 linear", *(name for scheme in schemes for name in (scheme, "read", "bf16"))):
         table.add_column(name, justify="right", no_wrap=True)
     for num_rows, same_rows in ((count, list(group)) for count, group in groupby(rows, key=lambda row: row.rows)):
-        cells = [str(num_rows), _duration(same_rows[0].bf16_linear_seconds)]
+        cells = [str(num_rows), duration(same_rows[0].bf16_linear_seconds)]
         for row in same_rows:
-            cells += [_duration(row.seconds), f"{row.read_ratio:.0%}", f"{1 / row.linear_ratio:.2f}x"]
+            cells += [duration(row.seconds), f"{row.read_ratio:.0%}", f"{1 / row.linear_ratio:.2f}x"]
         table.add_row(*cells)
     return table
 
@@ -78,12 +61,5 @@ def _encoder_table(report: KernelReport) -> Table:
         table.add_column(name, justify="left" if name == "scheme" else "right")
     for row in report.encoders:
         rate = f"{row.bytes_per_s / _GB:.2f}"
-        table.add_row(row.scheme, str(row.num_parameters), _duration(row.seconds), rate, f"{row.read_ratio:.0%}")
+        table.add_row(row.scheme, str(row.num_parameters), duration(row.seconds), rate, f"{row.read_ratio:.0%}")
     return table
-
-
-def _duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -157,7 +157,7 @@ def _grammar_library(problems: list[Problem]) -> dict[str, str]:
     if find_spec(_GRAMMAR_LIBRARY) is not None:
         return {_GRAMMAR_LIBRARY: version(_GRAMMAR_LIBRARY)}
     text = f"{_GRAMMAR_LIBRARY} is not installed; JSON schemas, regular expressions and grammars are refused"
-    problems.append(Problem("note", text, "pip install 'pennyweight[grammar]' if requests need them"))
+    problems.append(Problem("note", text, "pip install -e '.[grammar]' if requests need them"))
     return {}
 
 

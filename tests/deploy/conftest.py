@@ -13,8 +13,8 @@ from tests.api.support import run_service
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoint: Callable[[str], Path]) -> list[Sample]:
-    """All samples of a server on a CPU that has answered a request."""
+def exposition(checkpoint: Callable[[str], Path]) -> str:
+    """The metrics of a server on a CPU that has answered a request on each route for text."""
     settings = {
         "model": str(checkpoint("llama")),
         "quantize": "none",
@@ -24,5 +24,12 @@ def exported(checkpoint: Callable[[str], Path]) -> list[Sample]:
     }
     with run_service(settings) as running:
         running.canary()
-        text = running.client.get("/metrics").text
-    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        for route in ("/generate", "/v1/chat/completions"):
+            running.client.post(route, json={})
+        return running.client.get("/metrics").text
+
+
+@pytest.fixture(scope="session")
+def exported(exposition: str) -> list[Sample]:
+    """The samples of it."""
+    return [sample for family in text_string_to_metric_families(exposition) for sample in family.samples]

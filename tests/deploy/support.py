@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,10 @@ import yaml
 from tests.floors import ROOT
 
 DEPLOY = ROOT / "deploy"
+GRAFANA = DEPLOY / "grafana"
+DASHBOARDS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (GRAFANA / "dashboards").glob("*.json")
+}
 REQUIRE_TOOLS = "REQUIRE_TEST_TOOLS"
 
 _SERIES = re.compile(r"\b(?P<name>(?:scheme:)?pennyweight_[\w:]+)\s*(?:\{(?P<matchers>[^}]*)\})?")
@@ -51,23 +56,33 @@ def seconds(duration: str) -> int:
     return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
 
 
-def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run promtool; the test is skipped where it is not installed, unless the environment says that it must be."""
-    program = shutil.which("promtool")
-    if program is None:
-        message = "promtool is not installed (Debian's package prometheus has it)"
+def program(name: str) -> str:
+    """A program of Prometheus; without it the test is skipped, unless the environment says that it must be there."""
+    found = shutil.which(name)
+    if found is None:
+        message = f"{name} is not installed (Debian's package prometheus has it)"
         if os.environ.get(REQUIRE_TOOLS) == "1":
             pytest.fail(f"{message}, and {REQUIRE_TOOLS}=1")
         pytest.skip(message)
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return found
+
+
+def promtool(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run promtool."""
+    command = [program("promtool"), *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A series in a PromQL expression: its name and, for each label matcher, label and value."""
+    """A series in a PromQL expression: its name and, for each label matcher, label and value or regular expression."""
 
     name: str
     matchers: dict[str, str]
+
+    def finds(self, label: str, values: set[str]) -> bool:
+        """Whether each alternative that it asks for is one of the values that the label has."""
+        return all(any(re.fullmatch(wanted, value) for value in values) for wanted in self.matchers[label].split("|"))
 
 
 def selectors(expression: str) -> list[Selector]:
@@ -82,7 +97,25 @@ def grouping_labels(expression: str) -> set[str]:
     return {label.strip() for group in lists for label in group.split(",") if label.strip()}
 
 
+def rules(file_name: str) -> list[dict[str, Any]]:
+    """Rules of one of Prometheus' files."""
+    return [rule for group in read_yaml(DEPLOY / "prometheus" / file_name)["groups"] for rule in group["rules"]]
+
+
 def recorded_names() -> set[str]:
     """Names of all recording rules."""
-    groups = read_yaml(DEPLOY / "prometheus" / "rules.yml")["groups"]
-    return {rule["record"] for group in groups for rule in group["rules"]}
+    return {rule["record"] for rule in rules("rules.yml")}
+
+
+def queries(dashboard: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each panel of a dashboard with each of its targets."""
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    return [(panel, target) for panel in panels for target in panel["targets"]]
+
+
+def substituted(expression: str, variables: Mapping[str, str]) -> str:
+    """An expression as Grafana sends it: with its variables replaced, and no other in it."""
+    for name, value in variables.items():
+        expression = expression.replace(f"${name}", value)
+    assert "$" not in expression, expression
+    return expression

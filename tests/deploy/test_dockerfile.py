@@ -68,10 +68,11 @@ def test_an_image_runs_as_a_fixed_user_that_is_not_root(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_everything_that_is_written_lies_under_the_volume(target: str) -> None:
-    volume = last(target, "VOLUME")
-    paths = {name: environment(target)[name] for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME")}
-    assert {name for name, path in paths.items() if path != volume and not path.startswith(f"{volume}/")} == set()
+def test_everything_that_is_written_lies_in_volumes_of_the_user(target: str) -> None:
+    volumes = last(target, "VOLUME").split()
+    assert {environment(target)[name] for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME")} == set(volumes)
+    (made,) = [rest for word, rest in image(target) if word == "RUN" and "install --directory" in rest]
+    assert made.endswith(f"install --directory --owner=10001 --group=10001 {' '.join(volumes)}")
     assert environment(target)["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
@@ -136,15 +137,30 @@ def test_the_health_check_passes_only_while_the_server_is_ready(status: int, cod
 
 @pytest.mark.parametrize(
     ("selection", "names"),
-    [("torch", {"torch"}), ("gpu", {"triton"}), ("all", {"torch", "transformers", "fastapi"})],
-    ids=["torch", "extra", "all"],
+    [
+        ("torch", {"torch"}),
+        ("gpu", {"triton"}),
+        ("grammar", {"llguidance"}),
+        ("all", {"torch", "transformers", "fastapi"}),
+    ],
+    ids=["torch", "gpu", "grammar", "all"],
 )
 def test_requirements_are_those_of_the_project(selection: str, names: set[str]) -> None:
     script = [sys.executable, str(DEPLOY / "requirements.py"), str(ROOT / "pyproject.toml"), selection]
     printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.split("\n")
     assert names <= {re.split(r"[=<>]", line)[0] for line in printed}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(filter(None, printed)) <= {*project["dependencies"], *project["optional-dependencies"]["gpu"]}
+    extras = project["optional-dependencies"]
+    assert set(filter(None, printed)) <= {*project["dependencies"], *extras["gpu"], *extras["grammar"]}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_image_can_follow_grammars(target: str) -> None:
+    (copied,) = [rest for word, rest in image(target) if word == "COPY"]
+    builder = copied.split()[0].removeprefix("--from=")
+    installed = " ".join(rest for word, rest in image(builder) if word == "RUN")
+    assert "requirements.py pyproject.toml grammar > requirements-grammar.txt" in installed
+    assert re.search(r"pip install .*--requirement requirements-grammar\.txt", installed)
 
 
 def test_what_the_dockerfile_copies_is_not_ignored() -> None:

@@ -25,7 +25,7 @@ from service.numerics.encode import storage_shapes
 from service.numerics.schemes import parse_scheme
 from service.reports.bench_kernels import KernelReport, PackedCopies, find_reader, measure
 from service.reports.bench_options import KernelBench, Shape
-from service.reports.bench_table import print_report, terminal_progress
+from service.reports.bench_table import print_report
 from service.settings import Settings
 
 SCHEMES = ("w8a16", "w4a16-g64", "nf4")
@@ -205,16 +205,6 @@ def test_people_see_each_shape_and_scheme(report: KernelReport) -> None:
     text = screen.getvalue()
     for words in (*SCHEMES, "96 x 40", "64 x 64", "encoders", "bf16 linear", dispatch.kernel_name()):
         assert words in text
-
-
-def test_progress_is_drawn_on_a_terminal_only() -> None:
-    shown = {}
-    for is_terminal in (True, False):
-        screen = io.StringIO()
-        with terminal_progress(Console(file=screen, force_terminal=is_terminal, width=100)) as show:
-            show("64x64: packing", 1, 7)
-        shown[is_terminal] = "64x64: packing" in screen.getvalue()
-    assert shown == {True: True, False: False}
 
 
 TINY = ["--shapes=64x32", "--rows=1", "--schemes=w8a16", "--seconds-per-point=0.001", "--footprint=64KiB"]
