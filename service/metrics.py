@@ -60,7 +60,9 @@ class ModelFigures:
 
 
 class TokenHistogram(Collector):
-    """A histogram of what each token of a step gives: values come together, in a tenth of the time of one by one.
+    """A histogram of what each token of a step gives; prometheus_client's takes 1.5 us for each, on a machine of 2026.
+
+    The engine thread writes and the scraping thread reads: counts and sum may be one step apart.
 
     Args:
         buckets: their upper bounds, rising; the last one, infinity, is added.

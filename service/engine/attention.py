@@ -79,7 +79,7 @@ class Chunk(Span):
 
     Attributes:
         position: of the first of them.
-        lengths: int64[1], tokens that it sees, itself included.
+        lengths: int64[1], tokens that the first of them sees, itself included; read where it is the only one.
         first_slot: slot of the sequence's first token if its blocks follow one another, else None.
         block_table: int64[1, n].
     """

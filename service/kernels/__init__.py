@@ -1,1 +1,1 @@
-"""Products of activations with packed weights, and choice of tokens from logits."""
+"""Products with packed weights, attention to keys and values in blocks, and choice of tokens from logits."""

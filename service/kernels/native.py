@@ -31,7 +31,7 @@ _FLOAT32_SCALES, _BFLOAT16_SCALES = range(2)  # enum pw_scale_type
 _NO_MEMORY, _NOT_FINITE = 2, 4  # enum pw_status
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum pw_dtype
 _ROWS_OF_ONE_READ: Final = 4  # up to which a product takes about as long as reading the weight
-_SHORT_BYTES: Final = 2 << 20  # of weights to read, about 100 us on a desktop
+_SHORT_BYTES: Final = 2 << 20  # to read, about 100 us on a desktop
 
 
 class _Weight(ctypes.Structure):

@@ -32,7 +32,7 @@ class Attention(NamedTuple):
 
     Attributes:
         scaling: factor of the scores.
-        sliding_window: of the last tokens that are seen; None for all.
+        sliding_window: how many of the last tokens are seen, at least 1; None for all.
         softcap: c in `c * tanh(score / c)`; None for no cap.
         sinks: float[heads], scores of a token without a value; None for no such token.
     """
@@ -66,7 +66,8 @@ def attend(
         lengths: int64[rows], tokens of each sequence, of which the query's own is the last.
 
     Returns:
-        [rows, heads, value size] of the queries' dtype; of a row with NaN or infinity NaN.
+        [rows, heads, value size] of the queries' dtype; NaN where queries, keys, values or sinks have it, and infinity
+        counts as in a softmax.
     """
     queries = queries.contiguous()
     num_rows, num_heads, key_size = queries.shape
@@ -94,6 +95,9 @@ def attend(
         how.scaling,
         how.softcap or 0.0,
     )
-    num_tokens = tables.numel() * block_size
-    library.run("pw_attend", task, num_tokens * num_kv_heads * (key_size + value_size) * keys.rows.itemsize)
+    num_tokens = tables.shape[1] * block_size
+    if how.sliding_window is not None:
+        num_tokens = min(num_tokens, how.sliding_window)
+    num_bytes = num_rows * num_tokens * num_kv_heads * (key_size + value_size) * keys.rows.itemsize
+    library.run("pw_attend", task, num_bytes)
     return out

@@ -7,9 +7,12 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from service.kernels import native_sampling, reference
+from service.kernels import native_attention, native_sampling, reference
 from service.kernels.native import Library, packed_weight
+from service.kernels.native_attention import Attention, Stored
+from service.kernels.native_sampling import Draw
 from service.numerics.encode import EncodedWeight, encode
 from service.numerics.schemes import QuantScheme, parse_scheme
 
@@ -26,7 +29,7 @@ Multiply = Callable[[Tensor, EncodedWeight, QuantScheme], Tensor]
 
 
 def is_right(library: Library) -> bool:
-    """Whether products of a library, and the tokens that it takes for the likeliest, agree with torch's; 10 ms."""
+    """Whether products, attention and choices of tokens of a library agree with torch's; 10 ms."""
     out_features, in_features = _SIZE
 
     def multiply(x: Tensor, encoded: EncodedWeight, scheme: QuantScheme) -> Tensor:
@@ -40,7 +43,7 @@ def is_right(library: Library) -> bool:
         )
         return library.linear(x, weight, None)
 
-    return agrees(multiply) and _finds_likeliest(library)
+    return agrees(multiply) and _attends(library) and _finds_likeliest(library) and _draws(library)
 
 
 def agrees(multiply: Multiply) -> bool:
@@ -55,6 +58,42 @@ def agrees(multiply: Multiply) -> bool:
             if not error <= _BOUND:  # NaN is none
                 return False
     return True
+
+
+def _attends(library: Library) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randint(-127, 128, (4, 16, 2, 40), generator=generator) for _ in range(2))
+    queries = torch.randn(2, 6, 40, generator=generator).bfloat16().float()
+    tables, lengths = torch.tensor([[2, 0], [1, 3]]), torch.tensor([32, 21])
+    scales = torch.full((4, 16, 2, 1), 2**-6, dtype=torch.bfloat16)
+    how = Attention(scaling=40**-0.5)
+    rows = []
+    for query, table, length in zip(queries, tables, lengths.tolist(), strict=True):
+        seen = (2**-6 * x[table].flatten(0, 1)[:length].repeat_interleave(3, 1).transpose(0, 1) for x in (keys, values))
+        own_keys, own_values = seen
+        attended = functional.scaled_dot_product_attention(query[:, None], own_keys, own_values, scale=how.scaling)
+        rows.append(attended[:, 0])
+    expected = torch.stack(rows)
+    for dtype, is_int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        stored_keys, stored_values = (
+            Stored(x.to(torch.int8), scales) if is_int8 else Stored((2**-6 * x).to(dtype)) for x in (keys, values)
+        )
+        found = native_attention.attend(
+            library, queries.to(dtype), stored_keys, stored_values, tables=tables, lengths=lengths, how=how
+        )
+        if not (found.float() - expected).norm() / expected.norm() <= _BOUND:
+            return False
+    return True
+
+
+def _draws(library: Library) -> bool:
+    """Whether uniform numbers in the middle of some tokens' shares give these tokens."""
+    logits = 3 * torch.randn((1, 3001), generator=torch.Generator().manual_seed(0))
+    shares = logits[0].double().softmax(0)
+    middles = (shares.cumsum(0) - shares / 2).tolist()
+    tokens = shares.topk(_NUM_LOGPROBS).indices.tolist()
+    draws = [Draw(0, 0, 1.0, 1.0, 0.0, middles[token]) for token in tokens]
+    return native_sampling.draw(library, logits, draws) == tokens
 
 
 def _finds_likeliest(library: Library) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from service.engine import choice
 from service.engine.sequence import SamplingParams
+from service.kernels import dispatch
 from tests.kernels.support import computing_with
 
 LIMITS: list[dict[str, Any]] = [
@@ -29,6 +30,9 @@ LIMITS: list[dict[str, Any]] = [
 ]
 
 
+needs_library = pytest.mark.skipif(dispatch.kernel_name() == "torch", reason="there is no kernel library")
+
+
 def make_logits(vocab_size: int) -> Tensor:
     """As spread as a model's, with many ties, with tokens that are ruled out, and with one that is left."""
     logits = 3 * torch.randn((4, vocab_size), generator=torch.Generator().manual_seed(vocab_size))
@@ -38,6 +42,7 @@ def make_logits(vocab_size: int) -> Tensor:
     return logits
 
 
+@needs_library
 @pytest.mark.parametrize("vocab_size", [1, 17, 1024, 5003])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_kernels_draw_what_torch_draws(limits: dict[str, Any], vocab_size: int) -> None:
@@ -50,6 +55,7 @@ def test_kernels_draw_what_torch_draws(limits: dict[str, Any], vocab_size: int) 
             assert choice.draw(logits, rows, params, uniforms.tolist()) == found
 
 
+@needs_library
 @pytest.mark.parametrize("vocab_size", [1, 17, 1024, 5003])
 def test_kernels_find_the_peaks_that_torch_finds(vocab_size: int) -> None:
     logits = make_logits(vocab_size)

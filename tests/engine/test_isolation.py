@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from tests.engine.support import (
     running,
     solo,
 )
+from tests.kernels.support import computing_with
 from tests.models import NAN_TOKEN_ID, RAISE_TOKEN_ID, VOCAB_SIZE, build_model
 
 NEIGHBOURS = {f"neighbour{n}": make_prompt(n) for n in (3, 18, 30)}
@@ -31,6 +32,13 @@ NEIGHBOURS = {f"neighbour{n}": make_prompt(n) for n in (3, 18, 30)}
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
     return build_model("faulty")
+
+
+@pytest.fixture(params=["auto", "torch"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels' attention reads nobody else's slots; torch's reads padding, and what is stale in a block."""
+    with computing_with(request.param):
+        yield request.param
 
 
 def test_an_exception_ends_only_the_sequence_that_caused_it(llama: PreTrainedModel) -> None:
@@ -63,6 +71,7 @@ def test_the_text_of_an_error_shows_nothing_of_the_machine(error: Exception, tex
     assert public_text(error) == text
 
 
+@pytest.mark.usefixtures("isa")
 def test_nan_logits_end_only_the_sequence_that_has_them(llama: PreTrainedModel) -> None:
     with running(llama, max_num_batched_tokens=16) as (engine, recorder):
         for name, prompt in NEIGHBOURS.items():
@@ -79,6 +88,7 @@ def test_nan_logits_end_only_the_sequence_that_has_them(llama: PreTrainedModel) 
     assert recorder.num_step_errors == 0
 
 
+@pytest.mark.usefixtures("isa")
 def test_what_a_nan_sequence_leaves_in_its_blocks_reaches_nobody(llama: PreTrainedModel) -> None:
     with running(llama, kv_memory_bytes=6 * BYTES_PER_BLOCK) as (engine, recorder):
         for count in (1, 95):  # short: blocks are never written; long: each slot becomes NaN
@@ -91,6 +101,7 @@ def test_what_a_nan_sequence_leaves_in_its_blocks_reaches_nobody(llama: PreTrain
             assert recorder.tokens(name) == solo(llama, prompt, greedy(2))
 
 
+@pytest.mark.usefixtures("isa")
 def test_a_nan_sequence_in_the_first_block_does_not_reach_padded_neighbours(llama: PreTrainedModel) -> None:
     with running(llama) as (engine, recorder):
         engine.submit("early", make_prompt(2), greedy(3))

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from service.engine.stats import EnginePath
 from tests.engine.support import BYTES_PER_BLOCK, generate, greedy, make_model, make_prompt, running
+from tests.kernels.support import computing_with
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "gpt2", "mistral", "gemma2", "gpt-oss"]
 PROMPTS = [make_prompt(n) for n in (5, 17, 33, 1, 50)]
@@ -33,10 +34,14 @@ def test_a_sequence_alone_gets_the_tokens_of_generate(case: Case) -> None:
             assert recorder.tokens(str(i)) == expected[i]
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [7, 512], ids=["chunks", "whole-prompts"])
-def test_staggered_sequences_get_the_tokens_of_generate(case: Case, max_num_batched_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("max_num_batched_tokens", "isa"),
+    [(7, "auto"), (512, "auto"), (512, "torch")],
+    ids=["chunks", "whole-prompts", "torch"],
+)
+def test_staggered_sequences_get_the_tokens_of_generate(case: Case, max_num_batched_tokens: int, isa: str) -> None:
     model, expected = case
-    with running(model, max_num_batched_tokens=max_num_batched_tokens) as (engine, recorder):
+    with computing_with(isa), running(model, max_num_batched_tokens=max_num_batched_tokens) as (engine, recorder):
         for i, prompt in enumerate(PROMPTS):
             engine.submit(str(i), prompt, greedy(MAX_TOKENS))
             if i % 2 == 0:

@@ -92,7 +92,7 @@ def build(compiler: str, sanitize: str, folder: Path) -> Path:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("sanitize", "subjects"),
-    [("-fsanitize=address,undefined", []), ("-fsanitize=thread", ["threads", "encode", "sampling"])],
+    [("-fsanitize=address,undefined", []), ("-fsanitize=thread", ["threads", "encode", "sampling", "attention"])],
     ids=["address-and-undefined", "thread"],
 )
 def test_the_kernels_pass_their_native_tests_under_sanitizers(

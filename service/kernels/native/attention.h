@@ -92,7 +92,7 @@ inline Floats hyperbolic_tangent(Floats x) {
     const Floats magnitude = x < 0 ? -x : x;
     const Floats shrunk = exponential(-2 * magnitude);
     const Floats result = (1 - shrunk) / (1 + shrunk);
-    return x < 0 ? -result : result + (x - x);  // NaN stays
+    return x < 0 ? -result : x == x ? result : x;
 }
 
 // What one worker keeps of the queries that share a head of keys; floats in rows of whole vectors.
@@ -208,10 +208,11 @@ inline void attend_as(const pw_attention *task, int64_t index, void *memory) {
         float *query = scratch.query + q * scratch.key_vectors * kLanes;
         widen((const Activation *)task->queries + (first_head + q) * task->key_size, task->key_size, query);
         for (int64_t i = 0; i < scratch.key_vectors * kLanes; ++i) query[i] *= (float)task->scaling;
-        const bool has_sink = task->sinks != nullptr;  // a score of a token without a value
-        scratch.peaks[q] = has_sink ? task->sinks[head * scratch.queries + q] : -__builtin_inff();
+        // A sink is the score of a token without a value.
+        const float peak = task->sinks ? task->sinks[head * scratch.queries + q] : -__builtin_inff();
+        scratch.peaks[q] = peak;
         Floats total = {};
-        total[0] = has_sink;
+        total[0] = !task->sinks ? 0 : peak < __builtin_inff() ? 1 : __builtin_nanf("");  // NaN too
         store(scratch.totals + q * kLanes, total);
         for (int64_t i = 0; i < width; ++i) scratch.sums[q * width + i] = 0;
     }
