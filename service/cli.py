@@ -39,10 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
     except PennyweightError as error:
         print(f"pennyweight: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who read it has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails
+        return 1
+    return code
 
 
 def _dispatch(words: list[str]) -> int:

@@ -198,3 +198,10 @@ class ServiceFailed(Unavailable):
 
 class EngineFailure(RequestError):
     """The engine could not compute this request; others are not affected."""
+
+
+def shown(value: object, max_characters: int = 100) -> str:
+    """A value as messages show it: one short line that no control character can leave."""
+    text = str(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= max_characters else f"{text[:max_characters]}..."

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from service import __version__
-from service.errors import RecipeError, SettingError
+from service.errors import RecipeError, SettingError, shown
 from service.numerics.recipe import parse_recipe
 from service.reports import bench_options, bench_serve_options
 from service.reports.bench_options import KernelBench
@@ -37,7 +37,6 @@ _BENCH_SETTINGS = ("threads", "kernel_isa")
 _NOT_SET = "\0"  # no argument can hold it, so no argument is taken for None
 _KUBERNETES_LINK = re.compile(r"PENNYWEIGHT_(SERVICE_.*|PORT_\d+_(TCP|UDP|SCTP).*)|PENNYWEIGHT_PORT=\w+://.*")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
-_MAX_SHOWN = 100
 _SUBJECT = re.compile(r"^(Input|String|Value) should")
 
 
@@ -187,7 +186,7 @@ def _read_footprint(text: str) -> int:
         return TypeAdapter(Size).validate_python(text)
     except ValidationError as error:
         rule = _SUBJECT.sub("must", error.errors(include_url=False)[0]["msg"])
-        raise SettingError(f"--footprint {_shown(text)}: {rule}; write 256MiB, or leave it out") from error
+        raise SettingError(f"--footprint {shown(text)}: {rule}; write 256MiB, or leave it out") from error
 
 
 def flag_of(name: str) -> str:
@@ -239,7 +238,7 @@ def _add_argument(parser: argparse.ArgumentParser, *names: str, **options: Any) 
 
 def _unknown_word(word: str) -> SettingError:
     if not word.startswith("-"):
-        return SettingError(f"{_shown(word)}: one word too many; give one MODEL, and values behind their flags")
+        return SettingError(f"{shown(word)}: one word too many; give one MODEL, and values behind their flags")
     flag = word.partition("=")[0]
     return _unknown(flag, flag.lstrip("-").replace("-", "_"), flag_of)
 
@@ -257,8 +256,8 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], t
         elif variable in known:
             variables[variable.lower()] = value
         else:
-            shown = "..." if _SECRET.search(variable) else _shown(value)
-            raise _unknown(f"{variable}={shown}", variable.removeprefix(ENVIRONMENT_PREFIX).lower(), variable_of)
+            told = "..." if _SECRET.search(variable) else shown(value)
+            raise _unknown(f"{variable}={told}", variable.removeprefix(ENVIRONMENT_PREFIX).lower(), variable_of)
     source = EnvSettingsSource(_Sources)
     source.env_vars = variables
     return source(), tuple(ignored)
@@ -294,14 +293,7 @@ def _describe(error: ValidationError, origins: Mapping[str, str]) -> str:
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         name = str(detail["loc"][0])
-        origin = f"{origins[name]} {_shown(detail['input'])}"
+        origin = f"{origins[name]} {shown(detail['input'])}"
         rule = _SUBJECT.sub("must", detail["msg"])
         lines[origin] = f"{lines[origin]}, or {rule}" if origin in lines else f"{origin}: {rule}"
     return "; ".join(lines.values())
-
-
-def _shown(value: object) -> str:
-    """A value in one short line that no control character can leave."""
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

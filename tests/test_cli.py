@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from service.cli import main
 from service.invocation import COMMANDS, flag_of
 from service.numerics.recipe import parse_recipe
 from service.settings import Settings
+from tests.floors import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -264,3 +267,14 @@ def test_a_model_that_is_not_there_is_not_planned(model: str, message: str, caps
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err
+
+
+@pytest.mark.parametrize("words", [("plan", "--json"), ("plan",), ("serve", "--print-config"), ("--help",)])
+def test_a_reader_who_has_enough_ends_a_command_quietly(words: tuple[str, ...]) -> None:
+    """As `pennyweight plan | head -1` does, whose pipe is closed before everything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "service", *words]
+    result = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")

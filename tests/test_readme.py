@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tomllib
 from typing import Any
 
 import pytest
@@ -83,6 +84,25 @@ def test_a_series_of_the_readme_is_exported() -> None:
     named = re.findall(r"`pennyweight_([a-z_]+)", section("Metrics"))
     assert named
     assert {name.removesuffix("_total") for name in named} <= exported
+
+
+def test_every_series_that_is_exported_stands_in_the_readme() -> None:
+    source = (ROOT / "service" / "metrics.py").read_text(encoding="utf-8")
+    named = {name.removesuffix("_total") for name in re.findall(r"`pennyweight_([a-z_]+)`", section("Metrics"))}
+    made = r"(?:_counter|_gauge|_histogram|_family|GaugeMetricFamily)\(\s*f?\"(?:\{PREFIX\}_)?([a-z_]+)\""
+    exported = set(re.findall(made, source))
+    assert {"model_info", "last_step_timestamp_seconds", "batch_tokens"} <= exported
+    assert exported - named == set()
+
+
+def test_the_tiers_of_the_readme_are_the_markers() -> None:
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    markers = [line.partition(":")[0] for line in configured["markers"]]
+    tiers = re.findall(r"^\| `pytest(?: -m '?(\w+)[^`]*)?` \|", section("Development"), re.MULTILINE)
+    assert sorted(tiers) == sorted(["", *markers])
+    words = {6: "six", 7: "seven", 8: "eight"}
+    assert f"Tests have {words[len(tiers)]} tiers" in section("Development")
+    assert all(f"not {marker}" in configured["addopts"] for marker in markers), "`pytest` alone runs none of them"
 
 
 def test_the_file_map_names_only_what_exists() -> None:

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from service import __version__
-from service.errors import BenchError
+from service.errors import BenchError, shown
 from service.reports.bench_serve_options import KEY_VARIABLE
 
 NUM_TOP: Final = 20
@@ -270,7 +270,7 @@ class Server:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise BenchError(
                 f"{self.url}: {path} does not answer as Pennyweight {__version__} does ({type(error).__name__}: "
-                f"{_line(str(error))}); name a server of this version"
+                f"{shown(error, _MAX_MESSAGE_CHARACTERS)}); name a server of this version"
             ) from error
 
 
@@ -311,11 +311,6 @@ def _steps(arrivals: Sequence[tuple[float, int]]) -> Iterator[float]:
 def _message(content: bytes) -> str:
     """What an error says, in the envelope of OpenAI, or nothing."""
     try:
-        return f" ({_line(str(json.loads(content)['error']['message']))})"
+        return f" ({shown(json.loads(content)['error']['message'], _MAX_MESSAGE_CHARACTERS)})"
     except (KeyError, TypeError, ValueError):
         return ""
-
-
-def _line(text: str) -> str:
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= _MAX_MESSAGE_CHARACTERS else f"{text[:_MAX_MESSAGE_CHARACTERS]}..."

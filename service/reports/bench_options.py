@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from service.errors import RecipeError, SettingError
+from service.errors import RecipeError, SettingError, shown
 from service.numerics.schemes import QuantScheme, parse_scheme
 
 DEFAULT_SCHEMES: Final = "w8a16;w4a16-g64;nf4"
@@ -103,7 +103,7 @@ def parse_seconds(text: str) -> float:
         seconds = math.nan
     if not 0 < seconds <= _MAX_SECONDS:
         raise SettingError(
-            f"--seconds-per-point {_shown(text)}: must be a number over 0 and up to {_MAX_SECONDS:.0f}; "
+            f"--seconds-per-point {shown(text)}: must be a number over 0 and up to {_MAX_SECONDS:.0f}; "
             f"the default is {DEFAULT_SECONDS_PER_POINT:g}"
         )
     return seconds
@@ -117,7 +117,7 @@ def parse_encoder_parameters(text: str) -> int:
     """
     if not text.isdecimal() or not text.isascii() or len(text) > 10 or int(text) > _MAX_PARAMETERS:
         raise SettingError(
-            f"--encoder-parameters {_shown(text)}: must be a whole number up to {_MAX_PARAMETERS}; "
+            f"--encoder-parameters {shown(text)}: must be a whole number up to {_MAX_PARAMETERS}; "
             "0 leaves the encoders out"
         )
     return int(text)
@@ -132,12 +132,12 @@ def parse_output(text: str, flag: str = "--output") -> Path:
     try:
         path = Path(text).expanduser()
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise SettingError(f"{flag} {_shown(text)}: must be a file in a folder that exists; make the folder first")
+            raise SettingError(f"{flag} {shown(text)}: must be a file in a folder that exists; make the folder first")
         _try_to_write(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(
-            f"{flag} {_shown(text)}: {reason}; it must be a file that can be written: name one in another folder"
+            f"{flag} {shown(text)}: {reason}; it must be a file that can be written: name one in another folder"
         ) from error
     return path
 
@@ -160,11 +160,11 @@ def _parse_list(flag: str, text: str, separator: str, parse: Callable[[str], _It
     try:
         parsed = tuple(parse(item.strip()) for item in items)
     except ValueError as error:
-        raise SettingError(f"{flag} {_shown(text)}: {error}") from error
+        raise SettingError(f"{flag} {shown(text)}: {error}") from error
     except RecipeError as error:
         raise SettingError(f"{flag}: {error}") from error
     if len(set(parsed)) < len(parsed):
-        raise SettingError(f"{flag} {_shown(text)}: an entry stands there twice; give each once")
+        raise SettingError(f"{flag} {shown(text)}: an entry stands there twice; give each once")
     return parsed
 
 
@@ -178,16 +178,11 @@ def _scheme(item: str) -> QuantScheme:
 def _shape(item: str) -> Shape:
     match = _SHAPE.fullmatch(item)
     if match is None or max(int(side) for side in match.groups()) > _MAX_SIDE:
-        raise ValueError(f"{_shown(item)!r} must be KxN with both in 1..{_MAX_SIDE}; write 576x1536,2048x2048")
+        raise ValueError(f"{shown(item)!r} must be KxN with both in 1..{_MAX_SIDE}; write 576x1536,2048x2048")
     return Shape(int(match[1]), int(match[2]))
 
 
 def _num_rows(item: str) -> int:
     if not _NUMBER.fullmatch(item) or int(item) > _MAX_ROWS:
-        raise ValueError(f"{_shown(item)!r} must be a whole number in 1..{_MAX_ROWS}; write 1,16,512")
+        raise ValueError(f"{shown(item)!r} must be a whole number in 1..{_MAX_ROWS}; write 1,16,512")
     return int(item)
-
-
-def _shown(text: str) -> str:
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 100 else f"{text[:100]}..."

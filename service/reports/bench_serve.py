@@ -321,11 +321,10 @@ def _difference(before: int | None, after: int | None) -> int | None:
 
 def _model_row(model: ServedModel, memory: dict[str, int] | str, hits: int | None) -> ModelRow:
     fields = {name: getattr(model, name) for name in ModelRow.__dataclass_fields__ if hasattr(model, name)}
-    is_told = not isinstance(memory, str)
     return ModelRow(
         **fields,
-        memory_bytes=memory if is_told else None,
-        memory_note=None if is_told else memory,
+        memory_bytes=None if isinstance(memory, str) else memory,
+        memory_note=memory if isinstance(memory, str) else None,
         prefix_cache_hit_tokens=hits,
     )
 

@@ -13,7 +13,7 @@ from secrets import token_hex
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from service.errors import SettingError
+from service.errors import SettingError, shown
 from service.reports.bench_options import parse_output
 from service.reports.bench_text import DEFAULT_TEXT
 
@@ -148,7 +148,7 @@ def _urls(words: list[str]) -> tuple[str, ...]:
         raise SettingError(f"--url: given {len(words)} times; name one server, or two to compare: --url URL --url URL")
     urls = tuple(map(_url, words))
     if len(set(urls)) < len(urls):
-        raise SettingError(f"--url {_shown(words[0])}: given twice; name another server, or measure this one alone")
+        raise SettingError(f"--url {shown(words[0])}: given twice; name another server, or measure this one alone")
     return urls
 
 
@@ -164,7 +164,7 @@ def _url(text: str) -> str:
         if parts.username is not None:
             raise SettingError(f"--url: holds a user name; keys come from --api-key-file or {KEY_VARIABLE} only")
     if not is_url:
-        raise SettingError(f"--url {_shown(text)}: {rule}; write http://127.0.0.1:8000")
+        raise SettingError(f"--url {shown(text)}: {rule}; write http://127.0.0.1:8000")
     return text.rstrip("/")
 
 
@@ -186,7 +186,7 @@ def _list(flag: str, text: str, kind: Callable[[str], _Number], allowed: tuple[f
         raise SettingError(f"{flag}: {len(words)} entries, it must be at most {_MAX_LIST}; run it in parts")
     numbers = [_number(flag, word.strip(), kind, allowed) for word in words]
     if len(set(numbers)) < len(numbers):
-        raise SettingError(f"{flag} {_shown(text)}: an entry stands there twice; give each once")
+        raise SettingError(f"{flag} {shown(text)}: an entry stands there twice; give each once")
     return numbers
 
 
@@ -198,7 +198,7 @@ def _number(flag: str, text: str, kind: Callable[[str], _Number], allowed: tuple
         number = math.nan
     if not low <= number <= high:
         what = "a whole number" if kind is int else "a number"
-        raise SettingError(f"{flag} {_shown(text)}: must be {what} from {low:.15g} to {high:.15g}; correct it")
+        raise SettingError(f"{flag} {shown(text)}: must be {what} from {low:.15g} to {high:.15g}; correct it")
     return kind(text)
 
 
@@ -207,14 +207,12 @@ def _text(name: str) -> str:
         with Path(name).expanduser().open(encoding="utf-8") as file:
             text = file.read(MAX_TEXT_CHARACTERS)
     except UnicodeDecodeError as error:
-        raise SettingError(
-            f"--text {_shown(name)}: must be UTF-8, and byte {error.start} is not; convert it"
-        ) from error
+        raise SettingError(f"--text {shown(name)}: must be UTF-8, and byte {error.start} is not; convert it") from error
     except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingError(f"--text {_shown(name)}: cannot be read ({reason}); give a file that can be") from error
+        raise SettingError(f"--text {shown(name)}: cannot be read ({reason}); give a file that can be") from error
     if not text.strip():
-        raise SettingError(f"--text {_shown(name)}: is empty; give a text of some pages")
+        raise SettingError(f"--text {shown(name)}: is empty; give a text of some pages")
     return text
 
 
@@ -222,10 +220,10 @@ def _api_keys(name: str | None, environment: Mapping[str, str], *, num_urls: int
     """A key for each URL; messages show none."""
     variable = environment.get(KEY_VARIABLE)
     if name is not None and variable is not None:
-        raise SettingError(f"--api-key-file {_shown(name)} and {KEY_VARIABLE}: keys in two places; keep one of them")
+        raise SettingError(f"--api-key-file {shown(name)} and {KEY_VARIABLE}: keys in two places; keep one of them")
     if name is None and variable is None:
         return (None,) * num_urls
-    origin = KEY_VARIABLE if name is None else f"--api-key-file {_shown(name)}"
+    origin = KEY_VARIABLE if name is None else f"--api-key-file {shown(name)}"
     lines = (variable or "").split(",") if name is None else _lines(Path(name), origin)
     keys = [line.strip() for line in lines if line.strip()]
     if len(keys) not in (1, num_urls):
@@ -247,10 +245,5 @@ def _lines(path: Path, origin: str) -> list[str]:
 
 def _plot(text: str) -> Path:
     if not text.lower().endswith(".png"):
-        raise SettingError(f"--plot {_shown(text)}: must end in .png; name it so")
+        raise SettingError(f"--plot {shown(text)}: must end in .png; name it so")
     return parse_output(text, flag="--plot")
-
-
-def _shown(text: str) -> str:
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -164,7 +164,7 @@ def test_without_the_extra_the_load_works_and_the_doctor_says_what_is_missing(mo
     monkeypatch.setitem(sys.modules, "llguidance", None)  # its import fails
     assert runpy.run_path(assembly.__file__)["has_grammars"] is False
     (problem,) = [problem for problem in examine({}).problems if "llguidance" in problem.message]
-    assert (problem.severity, problem.remedy[:11]) == ("note", "pip install")
+    assert (problem.severity, problem.remedy[:27]) == ("note", "pip install -e '.[grammar]'")
 
 
 def test_without_the_extra_a_request_for_it_is_400_that_says_what_to_install(
@@ -174,5 +174,5 @@ def test_without_the_extra_a_request_for_it_is_400_that_says_what_to_install(
     with run_service(SETTINGS | {"model": str(checkpoint("llama"))}) as running:
         refused = complete(running, regex="a")
         assert complete(running, response_format={"type": "text"}).status_code == 200
-    message = r"without the extra `grammar`; leave it out, or let the operator run: pip install"
+    message = r"without the extra `grammar`; leave it out, or let the operator run: pip install -e '\.\[grammar\]'"
     assert_error(refused, 400, param="regex", code="not_supported", message=message)

@@ -320,7 +320,9 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_measured(tmp
     code = f"import sys\nsys.modules['matplotlib'] = None\nfrom service.cli import main\nsys.exit(main({words!r}))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert re.search(r"--plot \S+: matplotlib is not installed, and draws it; run: pip install '", result.stderr)
+    assert re.search(
+        r"--plot \S+: matplotlib is not installed, and draws it; run: pip install -e '\.\[plot\]'", result.stderr
+    )
 
 
 def test_a_server_that_goes_away_is_counted_and_loses_nothing() -> None:
