@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from service.access import read_access
@@ -60,7 +61,7 @@ def run(settings: Settings, *, ignored_variables: tuple[str, ...] = ()) -> int:
         logger.info("%s is ignored: Kubernetes makes it for a service of this name", variable)
     raise_file_limit()
     listener = open_port(settings.host, settings.port)
-    service = asyncio.run(_serve(settings, access, listener))
+    service = uvloop.run(_serve(settings, access, listener))
     if service.is_loading:
         logging.shutdown()
         os._exit(service.exit_code)  # the load thread is inside a library that cannot be interrupted

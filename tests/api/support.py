@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -143,7 +144,7 @@ def start_service(
         made.set_result(service)
         await service.serve(listener)
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread = threading.Thread(target=uvloop.run, args=(serve(),))
     thread.start()
     running = RunningService(made.result(TIMEOUT_S), listener.getsockname()[1], thread)
     try:

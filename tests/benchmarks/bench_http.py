@@ -8,8 +8,9 @@ one thread for the engine and an API key, and the clients in this one.
 - `one_token`: what a client waits for one token more than the engine takes, by the timings in the answer.
 - `streamed_token`: what the thread of the event loop computes for a token of a stream (its own clock in
   `/proc`), and by how much a stream takes longer than the same text in one piece.
-- `overload`: requests per second that as many clients get as run together, then what is left of that when three
-  times as many arrive, at times that do not depend on answers; and how long the refused ones wait.
+- `overload`: requests per second that as many clients get as run together, each after the other; answers per second
+  when about as many requests arrive, at times that do not depend on answers, of which the most is the peak; what is
+  left of that when three times as many arrive; and how long the refused ones wait.
 - `idle`: processor time of a server that nobody uses.
 """
 
@@ -41,7 +42,8 @@ TARGETS = {
 }
 MAX_NUM_SEQS = 16
 MAX_QUEUE = 32
-OVERLOAD = 3
+SUSTAINABLE, OVERLOAD = (0.8, 0.9, 1.0, 1.1), 3
+"""Loads, by what as many clients get as run together: about what can be sustained, and too much."""
 PROMPT = list(range(300, 332))
 WARM_REQUESTS = 20
 
@@ -185,7 +187,7 @@ class Load:
             writer.close()
 
 
-async def find_peak(target: Target, body: bytes, seconds: float) -> float:
+async def find_capacity(target: Target, body: bytes, seconds: float) -> float:
     """Answers per second for as many clients as sequences run together."""
     load = Load()
     end = time.perf_counter() + seconds
@@ -215,15 +217,20 @@ async def flood(target: Target, body: bytes, *, rate: float, seconds: float) -> 
     return sum(half <= at < end for at in load.done_at) / (end - half), load
 
 
-def measure_overload(target: Target, seconds: float, num_tokens: int) -> dict[str, float]:
-    """The sustainable load, and three times as much."""
+def measure_overload(target: Target, seconds: float, num_tokens: int) -> dict[str, Any]:
+    """Loads about what can be sustained, and three times as much."""
     body = json.dumps({"token_ids": PROMPT, "max_tokens": num_tokens, "ignore_eos": True, "temperature": 0}).encode()
-    peak = asyncio.run(find_peak(target, body, seconds))
-    assert peak > 0, "no request ended in the second half of the time; the machine is busy, or --seconds too few"
-    goodput, load = asyncio.run(flood(target, body, rate=OVERLOAD * peak, seconds=seconds))
+    capacity = asyncio.run(find_capacity(target, body, seconds))
+    assert capacity > 0, "no request ended in the second half of the time; the machine is busy, or --seconds too few"
+    loads = [asyncio.run(flood(target, body, rate=share * capacity, seconds=seconds))[0] for share in SUSTAINABLE]
+    peak = max(loads)
+    goodput, load = asyncio.run(flood(target, body, rate=OVERLOAD * capacity, seconds=seconds))
     assert load.refused_ms, "nothing was refused: the load is not what was sustained before"
     return {
+        "capacity_per_s": capacity,
         "peak_per_s": peak,
+        "peaks_per_s": dict(zip(map(str, SUSTAINABLE), loads, strict=True)),
+        "goodput_by_capacity": goodput / capacity,
         "offered_per_s": load.num_sent / seconds,
         "goodput_per_s": goodput,
         "goodput_ratio": goodput / peak,
