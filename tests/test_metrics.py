@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import psutil
 import pytest
@@ -231,3 +233,24 @@ def test_the_device_becomes_known_for_all_series_at_once(metrics: Metrics) -> No
     assert devices() == {"unknown"}
     _load(metrics)
     assert devices() == {"cpu"}
+
+
+def test_a_scrape_that_hangs_keeps_no_step_waiting(metrics: Metrics) -> None:
+    is_reading, may_go_on = Event(), Event()
+
+    def read_device() -> dict[str, int]:
+        is_reading.set()
+        may_go_on.wait()
+        return {}
+
+    figures = ModelFigures(report=REPORT, engine_state=lambda: STATE, device_memory=read_device)
+    metrics.model_loaded(figures)
+    with ThreadPoolExecutor(1) as scraper:
+        scrape = scraper.submit(metrics.text)
+        assert is_reading.wait(60)
+        metrics.on_step(STEP)
+        metrics.on_finished(FinishReason.STOP, TIMINGS)
+        assert not scrape.done()
+        may_go_on.set()
+        assert "memory_bytes" in scrape.result(60)
+    assert _samples(metrics)["step_seconds_count{kind=mixed}"] == 1
