@@ -21,6 +21,8 @@ from service import __version__
 from service.demo import model_folder
 from tests.floors import ROOT, read_modules
 
+pytestmark = pytest.mark.e2e
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIREMENTS = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
 OF_THE_SERVICE = ("grammar", "plot")

@@ -23,6 +23,8 @@ from tests.deploy.support import REQUIRE_TOOLS, read_compose
 from tests.e2e.support import clean_environment, ready, started
 from tests.floors import ROOT
 
+pytestmark = pytest.mark.e2e
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 URL = "http://127.0.0.1:8000"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"

@@ -13,6 +13,8 @@ import pytest
 from tests.e2e.support import ROOT, TIMEOUT_S, clean_environment, ready, started
 from tests.hub import TOKEN, Hub, serve_hub
 
+pytestmark = pytest.mark.e2e
+
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "service", *arguments]

@@ -14,6 +14,8 @@ from tests.e2e.support import ready
 from tests.large import write_large_checkpoint
 from tests.models import build_tokenizer
 
+pytestmark = pytest.mark.e2e
+
 MB = 10**6
 
 

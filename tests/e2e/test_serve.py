@@ -16,6 +16,8 @@ from service.demo import model_folder
 from tests.api.support import assert_error, eventually, sse_events
 from tests.e2e.support import ready, started
 
+pytestmark = pytest.mark.e2e
+
 LONG = {"prompt": "The captain", "max_tokens": 900, "temperature": 0, "seed": 1, "stream": True}
 
 

@@ -14,6 +14,8 @@ import pytest
 from deploy.make_model import main as make_model
 from tests.e2e.support import ROOT, clean_environment, ready, started
 
+pytestmark = pytest.mark.e2e
+
 OPTIONS = ["--device", "cpu", "--dtype", "bfloat16", "--threads", "1"]
 TWINS = ["none", "w8a16"]
 
