@@ -18,7 +18,7 @@ OWNERS = ("service.", "_asyncio", "asyncio.", "starlette.", "uvicorn.")
 SLACK = {"asyncio.events.TimerHandle": 100, "service.api.logs.RequestRecord": 100, "allocated blocks": 1500}
 """A loop drops cancelled timers, with the contexts that they were made in, when there are a hundred of them; with
 these, small allocations of any kind are 750 more, after a thousand requests as after three thousand."""
-POOL = ("asyncio_", "ThreadPoolExecutor-")
+POOL = ("asyncio_", "uvloop_")
 """Threads of the pools of asyncio's event loop and of uvloop's, which start some at most when they need them."""
 
 
