@@ -28,7 +28,7 @@ _TORCH: Final = "torch"
 _BFLOAT16: Final = torch.bfloat16
 _DTYPES: Final = (_BFLOAT16, torch.float32)  # of activations that the library takes
 _FLOAT32_ISAS: Final = ("baseline", "avx2")  # of its kernels for float32, best last
-_wrong: set[str] = set()  # instruction sets whose products were seen to be wrong
+_wrong: set[str] = set()  # instruction sets whose results were seen to be wrong
 _MAX_WEIGHTS: Final = 1 << 16  # that are kept described, some 300 bytes each
 
 
@@ -76,7 +76,7 @@ def obstacle(isa: str) -> str:
     if isa == _TORCH:
         return ""
     if isa in _wrong:
-        return "its products were wrong on this machine"
+        return "its results were wrong on this machine"
     library, reason = native.load()
     return reason if library is None else library.obstacle(isa)
 
@@ -109,14 +109,14 @@ _kernels = _Kernels()
 
 
 def select_isa(name: str, *, is_right: Callable[[Library], bool] = self_check.is_right) -> None:
-    """Compute with these kernels from now on, in all threads, once their products are seen to be right.
+    """Compute with these kernels from now on, in all threads, once their results are seen to be right.
 
     Raises:
         SettingError: as `choose`.
     """
     _kernels.use(choose(name))
     while _kernels.library is not None and not is_right(_kernels.library):
-        logger.error("the kernels %s compute wrong products on this machine; please report it", _kernels.choice.kernel)
+        logger.error("the kernels %s give wrong results on this machine; please report it", _kernels.choice.kernel)
         _wrong.add(_kernels.choice.isa)
         _kernels.use(choose(name))
     logger.info("kernels: %s (%s)", _kernels.choice.kernel, _kernels.choice.why)

@@ -258,8 +258,8 @@ def test_kernels_whose_products_are_wrong_give_way_to_the_next(caplog: pytest.Lo
     try:
         dispatch.select_isa("auto", is_right=lambda _: dispatch.kernel_name() != f"native-{best}")
         assert dispatch.kernel_name() != f"native-{best}"
-        assert f"native-{best} compute wrong products" in caplog.text
-        with pytest.raises(SettingError, match=f"--kernel-isa {best}: its products were wrong on this machine"):
+        assert f"native-{best} give wrong results" in caplog.text
+        with pytest.raises(SettingError, match=f"--kernel-isa {best}: its results were wrong on this machine"):
             dispatch.select_isa(best)
     finally:
         dispatch._wrong.clear()
