@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from service.access import read_access
 from service.api.access import Access
@@ -111,7 +110,7 @@ class Service:
         progress = TerminalProgress() if shows_bars else LoggedProgress()
         name = model_name(settings)
         device = "unknown" if settings.device == "auto" else settings.device
-        metrics = Metrics(CollectorRegistry(), progress, model=name, scheme=scheme, device=device)
+        metrics = Metrics(progress, model=name, scheme=scheme, device=device)
         self.state = ServiceState(
             model_name=name,
             scheme=scheme,

@@ -22,8 +22,9 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.sizing import device_memory, kv_memory_bytes
 from service.errors import CheckpointError, SettingError, UnsupportedModel
-from service.loading.loader import LoadedModel, LoadOptions, load_model, peak_bytes
+from service.loading.loader import LoadedModel, load_model, peak_bytes
 from service.loading.plan import Limits
+from service.loading.planning import LoadOptions
 from service.loading.progress import Phase
 from service.metrics import ModelFigures
 from service.numerics.recipe import parse_recipe

@@ -38,7 +38,7 @@ def plan(settings: Settings, *, as_json: bool) -> int:
         SettingError: a setting does not fit the model or the machine.
     """
     from service.assembly import load_options
-    from service.loading.loader import plan_model
+    from service.loading.planning import plan_model
     from service.loading.progress import LoadProgress
     from service.reports.plan import plan_as_dict, print_plan
 

@@ -49,7 +49,9 @@ FLOORS = [
     Floor({"layers"}, {"torch"}, {}),
     Floor({"loading"}, {"torch"} | HUGGING_FACE, {}),
     Floor({"engine"}, {"torch"}, {}),
-    Floor({"metrics", "api", "reports"}, HTTP, {"api": {"metrics"}, "reports": {"api"}}),
+    Floor(
+        {"series", "metrics", "api", "reports"}, HTTP, {"metrics": {"series"}, "api": {"metrics"}, "reports": {"api"}}
+    ),
     Floor(
         {"settings", "access", "invocation", "demo", "assembly", "app", "commands", "cli", "__main__"},
         None,

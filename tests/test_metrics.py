@@ -8,13 +8,11 @@ from threading import Event
 
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import __version__
 from service.engine.sequence import FinishReason, SequenceTimings
 from service.engine.stats import EngineState, StepStats
-from service.loading import memory
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LayerReport, LoadReport, WeightBytes
 from service.metrics import Metrics, ModelFigures
@@ -78,7 +76,7 @@ def progress() -> LoadProgress:
 
 @pytest.fixture
 def metrics(progress: LoadProgress) -> Metrics:
-    return Metrics(CollectorRegistry(), progress, model="m", scheme="mixed-01234567", device="unknown")
+    return Metrics(progress, model="m", scheme="mixed-01234567", device="unknown")
 
 
 def _load(metrics: Metrics, state: EngineState = STATE, device_memory: dict[str, int] | None = None) -> None:
@@ -90,7 +88,7 @@ def _load(metrics: Metrics, state: EngineState = STATE, device_memory: dict[str,
 def _samples(metrics: Metrics) -> dict[str, float]:
     """Value by name and own labels; the common ones are checked and left out."""
     found = {}
-    for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
+    for family in text_string_to_metric_families(metrics.text()):
         for sample in family.samples:
             own = dict(sample.labels)
             assert (own.pop("model"), own.pop("scheme")) == ("m", "mixed-01234567")
@@ -99,20 +97,6 @@ def _samples(metrics: Metrics) -> dict[str, float]:
             assert sample.name.startswith("pennyweight_")
             found[sample.name.removeprefix("pennyweight_") + (f"{{{labels}}}" if labels else "")] = sample.value
     return found
-
-
-@pytest.mark.parametrize("name", ["m", 'a "quoted"\nname\\', "ünï/世界"], ids=["plain", "escapes", "unicode"])
-def test_the_text_is_that_of_the_client_library(
-    progress: LoadProgress, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 2**40 + 4096)  # else it changes from one reading to the next
-    monkeypatch.setattr(memory, "anonymous_bytes", lambda: 4096)
-    metrics = Metrics(CollectorRegistry(), progress, model=name, scheme="w8a16", device="cpu")
-    _load(metrics)
-    metrics.on_step(STEP)
-    metrics.on_finished(FinishReason.STOP, TIMINGS)
-    metrics.requests.labels(route="/generate", status="200").inc()
-    assert metrics.text().encode() == generate_latest(metrics.registry)
 
 
 def test_before_the_load_nothing_of_the_model_is_exported(metrics: Metrics) -> None:
@@ -226,7 +210,7 @@ def test_failures_are_counted(metrics: Metrics) -> None:
 
 def test_the_device_becomes_known_for_all_series_at_once(metrics: Metrics) -> None:
     def devices() -> set[str]:
-        families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        families = text_string_to_metric_families(metrics.text())
         return {sample.labels["device"] for family in families for sample in family.samples}
 
     metrics.count_rejected("loading")

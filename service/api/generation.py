@@ -132,7 +132,7 @@ class Generation:
             )
         self._timers.append(loop.call_later(self._state.queue_timeout_s, self._time_out_in_queue))
         self.num_prompt_tokens = sum(map(len, all_ids))
-        self._state.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        self._state.metrics.count_prompt_tokens(self.num_prompt_tokens)
         self._record.num_prompt_tokens = self.num_prompt_tokens
         if self._state.log_prompts:
             await asyncio.to_thread(self._log_prompts, prompts)
@@ -262,7 +262,7 @@ class Generation:
                 raise _failure(reason, event.error)
         delta = choice.read(event)
         self.num_generated_tokens += len(delta.token_ids)
-        self._state.metrics.generated_tokens.inc(len(delta.token_ids))
+        self._state.metrics.count_generated_tokens(len(delta.token_ids))
         if delta.finish_reason is not None:
             self._record.finish_reasons.add(FinishReason(delta.finish_reason))
         elif choice.stopped and not was_stopped:

@@ -101,7 +101,7 @@ class RequestMiddleware:
 
     def _finish(self, scope: Scope, record: RequestRecord, *, status: int, seconds: float) -> None:
         route = str(getattr(scope.get("route"), "path", "unknown"))
-        self._metrics.requests.labels(route=route, status=str(status)).inc()
+        self._metrics.count_request(route, status)
         if route in _QUIET_ROUTES:
             return
         method = scope["method"] if scope["method"] in _METHODS else "other"

@@ -202,7 +202,7 @@ class EdgeProtocol(H11Protocol):
         head = h11.Response(status_code=error.status, headers=headers, reason=reason)
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self._metrics.requests.labels(route="unknown", status=str(error.status)).inc()
+        self._metrics.count_request("unknown", error.status)
         logger.info("refused %d: %s", error.status, error.message, extra={"request_id": request_id})
 
     def _linger(self) -> None:

@@ -6,71 +6,28 @@ source -> checkpoint (lazy refs) -> plan -> transformers' loader -> conversion h
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from service.errors import ModelError, UnsupportedModel
-from service.kernels.dispatch import kernel_name, select_isa
+from service.errors import ModelError
+from service.kernels.dispatch import kernel_name
 from service.loading import integrity, memory
-from service.loading.checkpoint import Checkpoint, TensorHeader, TensorRef
-from service.loading.config import ServedModel, class_errors, pick_device, pick_dtype, read_model
+from service.loading.checkpoint import Checkpoint, TensorRef
+from service.loading.config import ServedModel, class_errors, pick_device, pick_dtype
 from service.loading.fingerprint import weight_hash
-from service.loading.hub_headers import read_hub_headers
-from service.loading.plan import Limits, LoadPlan, plan_load
+from service.loading.plan import LoadPlan
+from service.loading.planning import LoadOptions, find_model, open_checkpoint, plan_found, prepare_process
 from service.loading.progress import LoadProgress, Phase
 from service.loading.quantizer import LoadQuantizationConfig, LoadRecord, find_vocabulary
-from service.loading.report import LoadReport
-from service.loading.shards import has_weights
+from service.loading.report import LoadReport, WeightBytes
 from service.loading.sizes import layer_reports, weight_bytes
-from service.loading.source import LOCAL, ModelSource, resolve_source
+from service.loading.source import ModelSource
 from service.numerics.recipe import Recipe
-
-_Tensor = TypeVar("_Tensor", bound=TensorHeader)
-
-_TEXT_PREFIXES = {
-    "model.language_model.": "model.",
-    "model.text_model.": "model.",
-    "language_model.": "",
-    "text_model.": "",
-    "lm_head.": "lm_head.",
-}
-"""How models with parts name the weights of their text part, and what it calls them by itself."""
-_PLAIN_TEXT_PREFIXES = ("model.", "lm_head.")
-"""Of those whose other parts stand beside the text part and leave it its own names."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What to load and how.
-
-    Attributes:
-        model: local directory or hub id.
-        folder_name: what messages call a model in a local directory; None: as the directory is called.
-        device: `auto`, `cpu` or `cuda`.
-        dtype: `auto`, `bfloat16`, `float16` or `float32`; of activations and unquantized weights.
-        cache_dir: where hub files are kept; None for huggingface_hub's own place.
-        trust_remote_code: whether code that the model brings along may run, where transformers has none for it.
-        kernel_isa: as `dispatch.select_isa` takes it.
-        limits: more is refused before weights are read.
-    """
-
-    model: str
-    recipe: Recipe
-    folder_name: str | None = None
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    cache_dir: Path | None = None
-    trust_remote_code: bool = False
-    kernel_isa: str = "auto"
-    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +35,42 @@ class LoadedModel:
     """A model that is ready for the engine.
 
     Attributes:
+        source, served: where it is from, and its config and class; whoever reads its weights again needs them.
+        plan: what was said before weights were read.
         folder: config and tokenizer files.
         context_length: positions that the model was made for.
         eos_token_ids: ids after which generation ends.
-        plan: what was said before weights were read.
     """
 
     model: nn.Module
     report: LoadReport
     plan: LoadPlan
+    source: ModelSource
+    served: ServedModel
     folder: Path
     name: str
     revision: str
     vocab_size: int
     context_length: int
     eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stood:
+    """A model whose weights are in memory, on its device.
+
+    Attributes:
+        device, dtype: where it is, and of activations and unquantized weights.
+        phase_seconds: what each phase took.
+        total_seconds: first byte read to last buffer filled.
+    """
+
+    model: PreTrainedModel
+    record: LoadRecord
+    device: torch.device
+    dtype: torch.dtype
+    phase_seconds: dict[str, float]
+    total_seconds: float
 
 
 def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
@@ -102,51 +80,22 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
         ModelNotFound, UnsupportedModel, CheckpointError, DoesNotFit, QuantizationError: see `service.errors`.
         SettingError, RecipeError: a setting does not fit the model or the machine.
     """
-    _silence_transformers()
-    select_isa(options.kernel_isa)
-    _refuse_before_download(options, progress)
-    source, served = _find(options, progress)
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device, served.dtype)
-    with memory.tight_heap(), _open(source, served, progress) as checkpoint:
+    prepare_process(options)
+    source, served = find_model(options, progress)
+    with memory.tight_heap(), open_checkpoint(source, served, progress) as checkpoint:
         head = _settle_vocabulary(served, checkpoint.refs)
-        plan = _plan(options, source, served, checkpoint.refs)
+        plan = plan_found(options, source, served, checkpoint.refs)
         plan.require_fit()
         resident_before = memory.resident_bytes()
-        progress.enter(Phase.LOAD, checkpoint.num_bytes)
-        started = time.monotonic()
-        model, record = _stream(served, checkpoint.refs, head=head, recipe=options.recipe, dtype=dtype)
-        loaded_at = time.monotonic()
-        nn.Module.to(model, device)  # buffer by buffer: the host copy of each goes at once
-        installed_at = time.monotonic()
-        integrity.check_tensors(model)
-        integrity.check_coverage(record)
-        held = weight_bytes(model, record)
-        integrity.check_plan(held, plan.weight_bytes)
-        read_s = checkpoint.meter.seconds
-    install_s = installed_at - started - read_s - record.quantize_s - record.pack_s
-    phases = {"read": read_s, "quantize": record.quantize_s, "pack": record.pack_s, "install": install_s}
-    report = LoadReport(
-        recipe=options.recipe.text,
-        scheme=options.recipe.label,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
-        kernel="torch" if options.recipe.is_none else kernel_name(device.type, dtype),
-        revision=source.revision,
-        weight_hash=weight_hash(model),
-        weight_bytes=held,
-        original_bytes=record.original_bytes,
-        num_parameters=record.num_parameters,
-        phase_seconds=phases | {"probe": time.monotonic() - installed_at},
-        total_seconds=loaded_at - started,
-        peak_bytes=peak_bytes(device),
-        resident_before_bytes=resident_before,
-        layers=layer_reports(model, record),
-    )
+        stood = _read(options, served, checkpoint, head=head, progress=progress)
+        checked_at = time.monotonic()
+        held = _check(stood, plan)
     return LoadedModel(
-        model=model,
-        report=report,
+        model=stood.model,
+        report=_report(options, source, stood, held=held, resident_before=resident_before, checked_at=checked_at),
         plan=plan,
+        source=source,
+        served=served,
         folder=source.folder,
         name=source.name,
         revision=source.revision,
@@ -156,109 +105,74 @@ def load_model(options: LoadOptions, progress: LoadProgress) -> LoadedModel:
     )
 
 
-def _refuse_before_download(options: LoadOptions, progress: LoadProgress) -> None:
-    """Raise DoesNotFit for a model of the hub that can be planned from there, and does not fit."""
-    plan = None if _is_local(options) else _plan_on_hub(options, progress)
-    if plan is not None:
-        plan.require_fit()
-
-
-def plan_model(options: LoadOptions, progress: LoadProgress) -> LoadPlan:
-    """Say what loading a model into this process would take; no weight is read or downloaded.
-
-    Raises:
-        ModelNotFound, UnsupportedModel, CheckpointError: see `service.errors`.
-        SettingError, RecipeError: a setting does not fit the model or the machine.
-    """
-    _silence_transformers()
-    select_isa(options.kernel_isa)  # loads the kernels, as a load does first: the plan counts the process with them
-    plan = None if _is_local(options) else _plan_on_hub(options, progress)
-    if plan is not None:
-        return plan
-    source, served = _find(options, progress, with_weights=False)
-    if not has_weights(source.folder) and source.revision != LOCAL:
-        raise UnsupportedModel(
-            f"{source.name} has no safetensors files, and other files say what they hold only when they are there; "
-            "serve it or download it first, or give a model with safetensors files"
-        )
-    with _open(source, served, progress) as checkpoint:
-        return _plan(options, source, served, checkpoint.refs)
-
-
-def _plan_on_hub(options: LoadOptions, progress: LoadProgress) -> LoadPlan | None:
-    """The plan of a hub repository whose weights are still there; None if they are here, or in other formats."""
-    source = _resolve(options, progress, with_weights=False)
-    if has_weights(source.folder):
-        return None
-    served = read_model(source, trust_remote_code=options.trust_remote_code)
-    tensors = read_hub_headers(source, options.cache_dir)
-    if tensors is None:
-        return None
-    if served.is_text_part:
-        _keep_text_part(tensors, source.name)
-    return _plan(options, source, served, tensors)
-
-
-def _is_local(options: LoadOptions) -> bool:
-    return Path(options.model).expanduser().is_dir()
-
-
-def _silence_transformers() -> None:
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _open(source: ModelSource, served: ServedModel, progress: LoadProgress) -> Checkpoint:
-    """The checkpoint, of which nothing but headers has been read, with the tensors that will be."""
-    checkpoint = Checkpoint(source.folder, progress.advance)
-    if served.is_text_part:
-        try:
-            _keep_text_part(checkpoint.refs, source.name)
-        except UnsupportedModel:
-            checkpoint.close()
-            raise
-    return checkpoint
-
-
-def _plan(options: LoadOptions, source: ModelSource, served: ServedModel, refs: Mapping[str, TensorHeader]) -> LoadPlan:
-    device = pick_device(options.device)
-    return plan_load(
-        source.name,
-        served,
-        refs,
-        recipe=options.recipe,
-        dtype=pick_dtype(options.dtype, device, served.dtype),
-        device=device,
-        limits=options.limits,
-    )
-
-
-def _resolve(options: LoadOptions, progress: LoadProgress, *, with_weights: bool = True) -> ModelSource:
-    source = resolve_source(
-        options.model,
-        revision=options.revision,
-        cache_dir=options.cache_dir,
-        progress=progress,
-        with_code=options.trust_remote_code,
-        with_weights=with_weights,
-    )
-    return source if options.folder_name is None else replace(source, name=options.folder_name)
-
-
-def _find(
-    options: LoadOptions, progress: LoadProgress, *, with_weights: bool = True
-) -> tuple[ModelSource, ServedModel]:
-    source = _resolve(options, progress, with_weights=with_weights)
-    progress.enter(Phase.PLAN)
-    return source, read_model(source, trust_remote_code=options.trust_remote_code)
-
-
 def peak_bytes(device: torch.device) -> dict[str, int]:
     """Peak bytes until now: resident memory of the process, and allocated memory of the device."""
     peaks = {"host": memory.peak_resident_bytes()}
     if device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+def _read(
+    options: LoadOptions, served: ServedModel, checkpoint: Checkpoint, *, head: str, progress: LoadProgress
+) -> _Stood:
+    """Stream the checkpoint through transformers' loader and the conversion hook, then move the result."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device, served.dtype)
+    progress.enter(Phase.LOAD, checkpoint.num_bytes)
+    started = time.monotonic()
+    model, record = _stream(served, checkpoint.refs, head=head, recipe=options.recipe, dtype=dtype)
+    loaded_at = time.monotonic()
+    nn.Module.to(model, device)  # buffer by buffer: the host copy of each goes at once
+    read_s = checkpoint.meter.seconds
+    install_s = time.monotonic() - started - read_s - record.quantize_s - record.pack_s
+    phases = {"read": read_s, "quantize": record.quantize_s, "pack": record.pack_s, "install": install_s}
+    return _Stood(
+        model=model,
+        record=record,
+        device=device,
+        dtype=dtype,
+        phase_seconds=phases,
+        total_seconds=loaded_at - started,
+    )
+
+
+def _check(stood: _Stood, plan: LoadPlan) -> WeightBytes:
+    """The honesty check; the bytes that the model holds."""
+    integrity.check_tensors(stood.model)
+    integrity.check_coverage(stood.record)
+    held = weight_bytes(stood.model, stood.record)
+    integrity.check_plan(held, plan.weight_bytes)
+    return held
+
+
+def _report(
+    options: LoadOptions,
+    source: ModelSource,
+    stood: _Stood,
+    *,
+    held: WeightBytes,
+    resident_before: int,
+    checked_at: float,
+) -> LoadReport:
+    model, record, device = stood.model, stood.record, stood.device
+    return LoadReport(
+        recipe=options.recipe.text,
+        scheme=options.recipe.label,
+        dtype=str(stood.dtype).removeprefix("torch."),
+        device=device.type,
+        kernel="torch" if options.recipe.is_none else kernel_name(device.type, stood.dtype),
+        revision=source.revision,
+        weight_hash=weight_hash(model),
+        weight_bytes=held,
+        original_bytes=record.original_bytes,
+        num_parameters=record.num_parameters,
+        phase_seconds=stood.phase_seconds | {"probe": time.monotonic() - checked_at},
+        total_seconds=stood.total_seconds,
+        peak_bytes=peak_bytes(device),
+        resident_before_bytes=resident_before,
+        layers=layer_reports(model, record),
+    )
 
 
 def _stream(
@@ -287,31 +201,6 @@ def _stream(
     integrity.check_names(info, record, shared_heads)
     model.requires_grad_(False)
     return model, record
-
-
-def _keep_text_part(refs: dict[str, _Tensor], name: str) -> None:
-    """Of a checkpoint with parts for several kinds of input, keep the text part, under the names that it has alone.
-
-    What else there is, such as an image encoder, is not read; what lacks in the text part will be missed by name.
-
-    Raises:
-        UnsupportedModel: no weight is named like one of a text part.
-    """
-    text: dict[str, _Tensor] = {}
-    for full_name, ref in refs.items():
-        for prefix, own_prefix in _TEXT_PREFIXES.items():
-            if full_name.startswith(prefix):
-                text[own_prefix + full_name.removeprefix(prefix)] = ref
-                break
-    if not text.keys() - {"lm_head.weight"}:
-        text = {full_name: ref for full_name, ref in refs.items() if full_name.startswith(_PLAIN_TEXT_PREFIXES)}
-    if not text.keys() - {"lm_head.weight"}:
-        raise UnsupportedModel(
-            f"{name} takes more than text, and its text part is none that this version finds: no weight begins with "
-            f"{' or '.join([*_TEXT_PREFIXES, 'model.'])}; give a text model"
-        )
-    refs.clear()
-    refs.update(text)
 
 
 def _settle_vocabulary(served: ServedModel, refs: dict[str, TensorRef]) -> str:

@@ -12,7 +12,6 @@ import uuid
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from prometheus_client import CollectorRegistry
 
 from service.api.errors import install_error_handlers
 from service.api.logs import JsonFormatter
@@ -43,7 +42,7 @@ def _application_with_a_defect() -> RequestMiddleware:
     def defect() -> None:
         raise ValueError("/secret/path")
 
-    metrics = Metrics(CollectorRegistry(), LoadProgress(), model="m", scheme="none", device="cpu")
+    metrics = Metrics(LoadProgress(), model="m", scheme="none", device="cpu")
     return RequestMiddleware(app, metrics=metrics, max_body_bytes=1000)
 
 
@@ -62,7 +61,7 @@ def test_a_defect_is_500_with_envelope_and_id_and_without_its_text() -> None:
 def test_the_bodies_of_all_requests_together_are_bounded() -> None:
     app = FastAPI()
     install_error_handlers(app)
-    metrics = Metrics(CollectorRegistry(), LoadProgress(), model="m", scheme="none", device="cpu")
+    metrics = Metrics(LoadProgress(), model="m", scheme="none", device="cpu")
     bounded = RequestMiddleware(app, metrics=metrics, max_body_bytes=1000)
 
     async def post() -> tuple[list[int], int]:

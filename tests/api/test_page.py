@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 
 from service.api.application import create_application
 from service.api.state import ServiceState
@@ -37,7 +36,7 @@ def _get(path: str, *, twin: str | None = None, phase: Phase = Phase.LOAD, metho
     async def ask() -> httpx.Response:
         progress = LoadProgress()
         progress.enter(phase)
-        metrics = Metrics(CollectorRegistry(), progress, model="m", scheme="none", device="cpu")
+        metrics = Metrics(progress, model="m", scheme="none", device="cpu")
         router = EventRouter(asyncio.get_running_loop())
         state = ServiceState(model_name="m", scheme="none", metrics=metrics, router=router, progress=progress)
         transport = httpx.ASGITransport(create_application(state, max_body_bytes=1000, twin=twin))

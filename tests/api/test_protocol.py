@@ -20,7 +20,6 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from prometheus_client import CollectorRegistry
 from starlette.responses import StreamingResponse
 
 from service.api.errors import install_error_handlers
@@ -47,7 +46,7 @@ class Edge:
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
-        self._metrics = Metrics(CollectorRegistry(), LoadProgress(), model="m", scheme="none", device="cpu")
+        self._metrics = Metrics(LoadProgress(), model="m", scheme="none", device="cpu")
         self.has_left = threading.Event()
         config = uvicorn.Config(
             RequestMiddleware(self._application(), metrics=self._metrics, max_body_bytes=100_000),
@@ -81,10 +80,10 @@ class Edge:
             client.sendall(data)
             return read_all(client)
 
-    def count(self, name: str, **labels: str) -> float | None:
-        """What a counter says."""
-        labels |= {"model": "m", "scheme": "none", "device": "cpu"}
-        return self._metrics.registry.get_sample_value(f"pennyweight_{name}_total", labels)
+    def count(self, labels: str) -> float:
+        """What the one counter with these labels says."""
+        (line,) = (line for line in self._metrics.text().splitlines() if labels in line)
+        return float(line.rpartition(" ")[2])
 
     def _application(self) -> FastAPI:
         app = FastAPI()
@@ -229,7 +228,7 @@ def test_what_is_no_http_gets_an_envelope(patient: Edge, data: bytes, status: in
 def test_what_is_refused_is_counted_and_has_its_id_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "service.api.protocol"), serve() as edge:
         [(_, headers, _)] = _answers(edge.talk(b"garbage\r\n\r\n"))
-        assert edge.count("requests", route="unknown", status="400") == 1
+        assert edge.count('route="unknown",status="400"') == 1
         [record] = [record for record in caplog.records if record.name == "service.api.protocol"]
     assert record.getMessage().startswith("refused 400: this is no valid HTTP request")
     assert record.__dict__["request_id"] == headers["x-request-id"]
@@ -333,9 +332,9 @@ def test_more_connections_than_allowed_are_503_and_twice_as_many_are_cut() -> No
     with serve(receive_timeout_s=TIMEOUT_S, max_connections=2) as edge:
         clients = [edge.connect() for _ in range(4)]
         assert eventually(lambda: len(edge.server.server_state.connections) == 4)
-        assert edge.count("requests_rejected", reason="connection_limit") == 0
+        assert edge.count('reason="connection_limit"') == 0
         assert edge.talk(b"") == b""
-        assert edge.count("requests_rejected", reason="connection_limit") == 1
+        assert edge.count('reason="connection_limit"') == 1
         _, _, third, fourth = clients
         third.sendall(ask)
         data = read_all(third)
@@ -343,7 +342,7 @@ def test_more_connections_than_allowed_are_503_and_twice_as_many_are_cut() -> No
         assert _answers(data)[0][1]["retry-after"] == "1"
         fourth.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
         assert read_answer(fourth).startswith(b"HTTP/1.1 200")
-        assert edge.count("requests_rejected", reason="connection_limit") == 2
+        assert edge.count('reason="connection_limit"') == 2
         for client in clients:
             client.close()
         assert eventually(lambda: not edge.server.server_state.connections)

@@ -32,7 +32,8 @@ from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.sequence import FinishReason, SamplingParams, SequenceEvent, SequenceTimings
 from service.engine.stats import StepStats
-from service.loading.loader import LoadOptions, load_model
+from service.loading.loader import load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +56,7 @@ class Observed(Metrics):
     """The service's own metrics, which also note the CPU time of each decode step outside the forward."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(CollectorRegistry(), LoadProgress(), model="m", scheme="none", device="cpu")
+        super().__init__(LoadProgress(), model="m", scheme="none", device="cpu")
         self.num_decoding = 0
         self.forward_s = 0.0
         self._began = 0.0

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from deploy.make_model import model_config
 from service.invocation import read_invocation
-from service.loading.loader import LoadOptions, plan_model
+from service.loading.planning import LoadOptions, plan_model
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from service.settings import Settings, parse_origins

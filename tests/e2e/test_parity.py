@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from service.demo import model_folder
-from service.loading.loader import LoadOptions, load_model
+from service.loading.loader import load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from tests.engine.support import generate, greedy, make_prompt, running

@@ -14,7 +14,8 @@ from service.demo import model_folder
 from service.engine.batch import Work
 from service.engine.runner import Runner
 from service.engine.sequence import Sequence
-from service.loading.loader import LoadOptions, load_model
+from service.loading.loader import load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from tests.engine.support import greedy, make_prompt

@@ -17,7 +17,8 @@ from service.engine.config import EngineConfig
 from service.engine.execution import fixed_pieces
 from service.engine.sequence import FinishReason, SamplingParams, TokenLogprobs
 from service.engine.stats import EnginePath
-from service.loading.loader import LoadOptions, load_model
+from service.loading.loader import load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from tests.engine.families import make_unpackable

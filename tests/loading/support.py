@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from service.loading.loader import LoadedModel, LoadOptions, load_model
+from service.loading.loader import LoadedModel, load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress
 from service.numerics.encode import decode, encode
 from service.numerics.recipe import parse_recipe

@@ -20,7 +20,8 @@ OTHER_BYTES = 48 << 20
 
 SCRIPT = """
 import json, sys
-from service.loading.loader import LoadOptions, load_model
+from service.loading.loader import load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 options = LoadOptions(model=sys.argv[1], recipe=parse_recipe(sys.argv[2]), device="cpu", dtype="bfloat16")

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from service.errors import CheckpointError, DoesNotFit, ModelNotFound, UnsupportedModel
-from service.loading.loader import LoadOptions, load_model, plan_model
+from service.loading.loader import load_model
 from service.loading.plan import Limits, LoadPlan
+from service.loading.planning import LoadOptions, plan_model
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from tests.hub import Hub, serve_hub, use

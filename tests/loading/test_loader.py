@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from service.errors import CheckpointError, ModelError, ModelNotFound, RecipeError, UnsupportedModel
 from service.layers.embedding import QuantizedEmbedding, TiedHead
 from service.layers.linear import PackedLinear, UnquantizedLinear, W8A16Linear
-from service.loading.loader import LoadOptions, load_model
+from service.loading.loader import load_model
+from service.loading.planning import LoadOptions
 from service.loading.progress import LoadProgress, Phase
 from service.loading.shards import SINGLE_NAME
 from service.numerics.encode import encode

@@ -18,8 +18,9 @@ from service.errors import CheckpointError, DoesNotFit, ModelError, ModelNotFoun
 from service.loading import integrity
 from service.loading.checkpoint import Checkpoint
 from service.loading.config import read_model
-from service.loading.loader import LoadOptions, load_model, plan_model
+from service.loading.loader import load_model
 from service.loading.plan import MARGIN_BYTES, SCRATCH_BYTES, Limits, LoadPlan, plan_load
+from service.loading.planning import LoadOptions, plan_model
 from service.loading.progress import LoadProgress, Phase
 from service.loading.source import resolve_source
 from service.numerics.recipe import parse_recipe

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from service.loading.loader import LoadOptions, plan_model
 from service.loading.plan import Limits, LoadPlan
+from service.loading.planning import LoadOptions, plan_model
 from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from service.reports.plan import module_rows, plan_as_dict, print_plan

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
-from prometheus_client import CollectorRegistry
 
 from service.api.application import create_application
 from service.api.listener import open_port
@@ -150,7 +149,7 @@ def serve_phases(settings: Mapping[str, Any] | None = None) -> Iterator[tuple[st
     made: Future[uvicorn.Server] = Future()
 
     async def serve() -> None:
-        metrics = Metrics(CollectorRegistry(), progress, model="m", scheme="w8a16", device="cpu")
+        metrics = Metrics(progress, model="m", scheme="w8a16", device="cpu")
         router = EventRouter(asyncio.get_running_loop())
         state = ServiceState(model_name="m", scheme="w8a16", metrics=metrics, router=router, progress=progress)
         application = create_application(state, max_body_bytes=1000, **(settings or {}))
