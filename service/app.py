@@ -37,6 +37,8 @@ from service.settings import Settings, model_name, read_hub_token
 if TYPE_CHECKING:
     from service.assembly import Loaded
     from service.engine.engine import Engine
+    from service.loading.artifact_writer import CacheWriter
+    from service.loading.fidelity_run import FidelityCheck
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,8 @@ class Service:
         self.exit_code = 0
         self._server: _Server | None = None
         self._engine: Engine | None = None
+        self._fidelity: FidelityCheck | None = None
+        self._cache_writer: CacheWriter | None = None
         self._ending: asyncio.Task[None] | None = None
         self._is_signalled = False
         self._load_thread = threading.Thread(target=self._load, name="load", daemon=True)
@@ -164,8 +168,13 @@ class Service:
         host, port = listener.getsockname()[:2]
         logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         await self._server.serve(sockets=[listener])
+        beside = [work for work in (self._fidelity, self._cache_writer) if work is not None]
+        for work in beside:
+            work.stop()
         if self._engine is not None:
             self._engine.stop()
+        for work in beside:
+            work.join()
         if self.state.served is not None:
             for helper in (self.state.served.chat_template, self.state.served.grammars):
                 if helper is not None:
@@ -191,6 +200,8 @@ class Service:
     async def _drain(self) -> None:
         logger.info("draining: running requests have %g s", self._settings.drain_timeout)
         self.state.progress.enter(Phase.DRAINING)
+        if self._fidelity is not None:
+            self._fidelity.stop()
         if self._engine is not None:
             # A thread of its own: those of `to_thread` may have a queue of prompts to tokenize.
             with ThreadPoolExecutor(1) as thread:
@@ -242,3 +253,8 @@ class Service:
             report.weight_bytes.total,
             report.original_bytes,
         )
+        self._fidelity = loaded.fidelity
+        if loaded.run_beside is not None:
+            loaded.run_beside()
+        self._cache_writer = loaded.cache_writer
+        self._cache_writer.start()

@@ -11,15 +11,27 @@ from collections.abc import Sequence
 from service import __version__
 from service.access import read_access
 from service.app import run
-from service.commands import bench_kernels, bench_serve, doctor, plan
+from service.commands import bench_kernels, bench_serve, doctor, evaluate, inspect, plan, quantize
 from service.errors import PennyweightError, SettingError
-from service.invocation import COMMANDS, Invocation, read_invocation, read_kernel_bench, read_serve_bench
+from service.invocation import (
+    COMMANDS,
+    Invocation,
+    read_evaluation,
+    read_inspection,
+    read_invocation,
+    read_kernel_bench,
+    read_serve_bench,
+)
+from service.reports.quantize_options import parse_output
 from service.settings import Settings, as_toml, read_hub_token
 
 logger = logging.getLogger(__name__)
 
 _USAGE = """usage: pennyweight serve [MODEL] [options]
        pennyweight plan [MODEL] [--quantize RECIPE] [--memory SIZE] [--json] [options]
+       pennyweight quantize [MODEL] [--quantize RECIPE] --output DIR [--json] [options]
+       pennyweight inspect [MODEL] [--quantize RECIPE] [--plot DIR] [--json] [options]
+       pennyweight evaluate [MODEL] [--quantize "R1;R2"] [--text FILE] [--plot FILE] [--json] [options]
        pennyweight doctor [--json] [options]
        pennyweight bench kernels [--json] [options]
        pennyweight bench serve --url URL [--url URL] [--json] [options]
@@ -68,6 +80,16 @@ def _dispatch(words: list[str]) -> int:
     if command == "plan":
         invocation = read_invocation(rest, os.environ, command)
         return plan(invocation.settings, as_json=invocation.as_json)
+    if command == "quantize":
+        invocation = read_invocation(rest, os.environ, command)
+        output = parse_output(invocation.words["output"])
+        return quantize(output, invocation.settings, as_json=invocation.as_json)
+    if command == "inspect":
+        folder, invocation = read_inspection(rest, os.environ)
+        return inspect(folder, invocation.settings, as_json=invocation.as_json)
+    if command == "evaluate":
+        evaluation, invocation = read_evaluation(rest, os.environ)
+        return evaluate(evaluation, invocation.settings, as_json=invocation.as_json)
     if command == "bench":
         return _bench(rest)
     return _serve(read_invocation(rest, os.environ, command))

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service.errors import SettingError
+from service.loading.artifact import is_artifact
+from service.numerics.recipe import parse_recipe
 from service.reports.bench_options import KernelBench
 from service.reports.bench_serve_options import ServeBench
+from service.reports.evaluate_options import Evaluation
 from service.reports.machine import thread_limits
 from service.settings import Settings, read_hub_token
+
+if TYPE_CHECKING:
+    from service.loading.planning import LoadOptions
 
 
 def doctor(settings: Settings | None, errors: Sequence[str], *, as_json: bool) -> int:
@@ -53,6 +62,114 @@ def plan(settings: Settings, *, as_json: bool) -> int:
     return 0
 
 
+def quantize(output: Path, settings: Settings, *, as_json: bool) -> int:
+    """Write the quantized model into a folder of its own, and print what it takes; returns the exit code.
+
+    Raises:
+        ModelError: the model cannot be loaded or quantized, or a file cannot be written.
+        SettingError: a setting does not fit the model or the machine.
+    """
+    if parse_recipe(settings.quantize).is_none:
+        raise SettingError("--quantize none: there is nothing to quantize; serve the model itself")
+    if settings.model is not None and is_artifact(Path(settings.model).expanduser()):
+        raise SettingError(f"{settings.model} is quantized already; copy it")
+    from service.assembly import read_tokenizer
+    from service.loading.artifact_export import export_artifact
+    from service.loading.loader import load_model
+    from service.loading.progress import Phase
+    from service.reports.progress import shown_load
+
+    with shown_load() as progress:
+        loaded = load_model(replace(_measuring_options(settings), artifacts=None), progress)
+        tokenizer = read_tokenizer(loaded.folder, loaded.name, trust_remote_code=False)
+        progress.enter(Phase.WARMUP, loaded.contents.num_bytes)
+        export_artifact(loaded, output, save_tokenizer=tokenizer.save_pretrained, on_bytes=progress.advance)
+    report = loaded.report
+    facts = {
+        "output": str(output),
+        "recipe": report.recipe,
+        "dtype": report.dtype,
+        "original_bytes": report.original_bytes,
+        "quantized_bytes": report.weight_bytes.total,
+        "saving_ratio": report.saving_ratio,
+        "system_fingerprint": report.fingerprint,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(
+            f"{loaded.name} as {report.recipe}: {report.weight_bytes.total} bytes of weights instead of "
+            f"{report.original_bytes}, {report.saving_ratio:.1%} less\nserve it: pennyweight serve {output}"
+        )
+    return 0
+
+
+def inspect(folder: Path | None, settings: Settings, *, as_json: bool) -> int:
+    """Quantize the model, print what that did to each layer, and draw it if a folder was named; returns the exit code.
+
+    Raises:
+        ModelError: the model cannot be quantized; DoesNotFit: it needs more memory than there is.
+        SettingError: a setting does not fit the model or the machine, or there is nothing to draw.
+    """
+    from service.loading.loader import load_model
+    from service.reports.inspect import inspection_as_dict, print_inspection
+    from service.reports.inspect_watch import EncodingWatch
+    from service.reports.progress import shown_load
+
+    if folder is not None:
+        with _drawing("--plot", folder):
+            from service.reports.inspect_plot import draw
+    watch = None if folder is None else EncodingWatch()
+    options = _measuring_options(settings)
+    with shown_load() as progress:
+        loaded = load_model(replace(options, watch=watch), progress)
+    if watch is not None and not watch.layers:
+        raise SettingError(
+            f"--plot {folder}: no weight was encoded as {loaded.report.recipe}, so there is nothing to draw; leave "
+            "--plot out, or give another recipe, or the model before it was quantized"
+        )
+    if as_json:
+        print(json.dumps(inspection_as_dict(loaded.name, loaded.report), indent=2))
+    else:
+        print_inspection(loaded.name, loaded.report)
+    if folder is not None and watch is not None:
+        _write("--plot", folder, partial(draw, loaded.name, loaded.report, watch))
+    return 0
+
+
+def evaluate(evaluation: Evaluation, settings: Settings, *, as_json: bool) -> int:
+    """Compare recipes on a text, print the figures, and draw them if a file was named; returns the exit code.
+
+    Raises:
+        ModelError: the model cannot be loaded; DoesNotFit: it needs more memory than there is.
+        SettingError: a setting, a recipe or the text does not fit the model or the machine.
+    """
+    from service.api.text import encode_text
+    from service.assembly import read_tokenizer
+    from service.loading.source import ModelSource
+    from service.reports import evaluate as report_on
+    from service.reports.terminal import terminal_progress
+
+    if evaluation.plot is not None:
+        with _drawing("--plot", evaluation.plot):
+            from service.reports.evaluate_plot import draw
+
+    def read_text(source: ModelSource, text: str) -> report_on.TextIds:
+        tokenizer = read_tokenizer(source.folder, source.name, trust_remote_code=settings.trust_remote_code)
+        return report_on.TextIds(*encode_text(tokenizer, text))
+
+    options = _measuring_options(settings.model_copy(update={"quantize": evaluation.recipes[0].text}))
+    with terminal_progress() as on_progress:
+        report = report_on.evaluate(evaluation, options, read_text, on_progress)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        report_on.print_report(report)
+    if evaluation.plot is not None:
+        _write("--plot", evaluation.plot, partial(draw, report))
+    return 0
+
+
 def bench_kernels(bench: KernelBench, settings: Settings, *, as_json: bool) -> int:
     """Measure the kernels, print the figures, and write them if a file was named; returns the exit code.
 
@@ -85,19 +202,13 @@ def bench_serve(bench: ServeBench, *, as_json: bool) -> int:
         BenchError: a server cannot be measured, or two are of different models.
         SettingError: what is asked for does not fit the models, or a file cannot be written.
     """
-    from service.reports.bench_serve import ServeReport, measure
+    from service.reports.bench_serve import measure
     from service.reports.bench_serve_table import print_report
     from service.reports.terminal import terminal_progress
 
-    draw: Callable[[ServeReport, Path], None] | None = None
     if bench.plot is not None:
-        try:
+        with _drawing("--plot", bench.plot):
             from service.reports.bench_serve_plot import draw
-        except ModuleNotFoundError as error:
-            raise SettingError(
-                f"--plot {bench.plot}: {str(error.name).partition('.')[0]} is not installed, and draws it; "
-                "run: pip install -e '.[plot]', or leave --plot out"
-            ) from error
     with terminal_progress() as on_progress:
         report = measure(bench, on_progress)
     text = json.dumps(report.as_dict(), indent=2)
@@ -107,9 +218,37 @@ def bench_serve(bench: ServeBench, *, as_json: bool) -> int:
         print_report(report)
     if bench.output is not None:
         _write("--output", bench.output, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    if bench.plot is not None and draw is not None:
+    if bench.plot is not None:
         _write("--plot", bench.plot, partial(draw, report))
     return 1 if report.has_failed else 0
+
+
+def _measuring_options(settings: Settings) -> LoadOptions:
+    """What settings say about loading, for a command that keeps nothing; torch uses their threads from here on."""
+    import torch
+
+    from service.assembly import load_options
+
+    if settings.hf_token_file is not None:
+        os.environ["HF_TOKEN"] = read_hub_token(settings.hf_token_file)
+    torch.set_num_threads(thread_limits().num_threads if settings.threads == "auto" else settings.threads)
+    return replace(load_options(settings), artifacts=None)
+
+
+@contextmanager
+def _drawing(flag: str, path: Path) -> Iterator[None]:
+    """Within it, what draws is imported.
+
+    Raises:
+        SettingError: a package is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"{flag} {path}: {str(error.name).partition('.')[0]} is not installed, and draws it; "
+            f"run: pip install -e '.[plot]', or leave {flag} out"
+        ) from error
 
 
 def _write(flag: str, path: Path, write: Callable[[Path], object]) -> None:

@@ -7,8 +7,10 @@
     |   |-- ModelNotFound       no such directory, repository or revision
     |   |-- UnsupportedModel    a model that this version cannot serve correctly
     |   |-- CheckpointError     files that are missing, damaged or do not fit
+    |   |   `-- ArtifactError   those of a model that was quantized before
     |   |-- DoesNotFit          it needs more memory than there is                  exit 3
-    |   `-- QuantizationError   a weight that cannot be quantized
+    |   |-- QuantizationError   a weight that cannot be quantized
+    |   `-- FidelityError       a model that lost more than --max-kl, or cannot be compared
     |-- BenchError              a server that cannot be measured                    exit 1
     `-- RequestError            a request is refused or fails                       its HTTP status
         |-- InvalidRequest      400
@@ -64,6 +66,10 @@ class CheckpointError(ModelError):
     """Checkpoint files are missing, damaged, or do not match the config."""
 
 
+class ArtifactError(CheckpointError):
+    """An artifact is damaged, unfinished, of another version or of another model; it is never served."""
+
+
 class DoesNotFit(ModelError):
     """The model needs more memory than there is, or than `--memory` allows."""
 
@@ -72,6 +78,10 @@ class DoesNotFit(ModelError):
 
 class QuantizationError(ModelError):
     """A weight cannot be quantized: wrong number of dimensions, NaN or infinity."""
+
+
+class FidelityError(ModelError):
+    """The quantized model is further from the original than `--max-kl` allows, or the two cannot be compared."""
 
 
 class BenchError(PennyweightError):

@@ -17,20 +17,31 @@ from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource
 from service import __version__
 from service.errors import RecipeError, SettingError, shown
 from service.numerics.recipe import parse_recipe
-from service.reports import bench_options, bench_serve_options
+from service.reports import bench_options, bench_serve_options, evaluate_options, inspect_options, quantize_options
 from service.reports.bench_options import KernelBench
 from service.reports.bench_serve_options import KEY_VARIABLE, ServeBench
-from service.settings import LATER_SETTINGS, SECRETS, Settings, Size
+from service.reports.evaluate_options import Evaluation
+from service.settings import SECRETS, Settings, Size, as_quantized
 
 ENVIRONMENT_PREFIX = "PENNYWEIGHT_"
 COMMANDS = {
     "serve": "Load a model, quantize it while it loads, and serve it over HTTP.",
     "plan": "Tell from config and headers alone what a load will take, and whether that fits; reads no weights.",
+    "quantize": "Write the quantized model into a folder of its own, which `pennyweight serve` starts from.",
+    "inspect": "Tell what a recipe makes of each layer: scheme, bytes, error; it reads and encodes all weights.",
+    "evaluate": "Compare recipes (semicolons between them) with the unquantized model on a text: quality and size.",
     "doctor": "Tell what this machine offers, which settings are in force, and what is in the way of a service.",
     "bench": "Measure: `bench kernels` times products with packed weights beside a read and beside bf16 linear; "
     "`bench serve` puts load on one running server, or on two in turns.",
 }
 """Every command and what it does."""
+
+_OWN_FLAGS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "inspect": inspect_options.add_options,
+    "evaluate": evaluate_options.add_options,
+    "quantize": quantize_options.add_options,
+}
+"""Flags of a command that are no settings."""
 
 _CONFIG = "config"
 _BENCH_SETTINGS = ("threads", "kernel_isa")
@@ -60,12 +71,14 @@ class Invocation:
 
     Attributes:
         as_json: `--json` was given.
+        words: all words of the command line by name, those of the command's own flags among them.
         ignored_variables: PENNYWEIGHT_ variables that are Kubernetes' and no settings.
     """
 
     settings: Settings
     print_config: bool
     as_json: bool
+    words: Mapping[str, Any]
     ignored_variables: tuple[str, ...]
 
 
@@ -91,7 +104,8 @@ def read_invocation(arguments: Sequence[str], environment: Mapping[str, str], co
     )
     try:
         settings = Settings.model_validate(entries | variables | flags)
-        parse_recipe(settings.quantize)
+        settings = as_quantized(settings)
+        (evaluate_options.parse_recipes if command == "evaluate" else parse_recipe)(settings.quantize)
     except ValidationError as error:
         raise SettingError(_describe(error, origins)) from error
     except RecipeError as error:
@@ -101,12 +115,41 @@ def read_invocation(arguments: Sequence[str], environment: Mapping[str, str], co
             f"{origins['kv_memory']} {settings.kv_memory} and {origins['memory']} {settings.memory}: keys and values "
             "are part of the memory of the process; raise the one or lower the other"
         )
+    if settings.max_kl is not None and settings.fidelity == "off":
+        raise SettingError(
+            f"{origins.get('fidelity', flag_of('fidelity'))} off and {origins['max_kl']} {settings.max_kl:g}: a limit "
+            "needs the comparison; leave one of the two out"
+        )
     return Invocation(
         settings=settings,
         print_config=words.get("print_config", False),
         as_json=words["json"],
+        words=words,
         ignored_variables=ignored,
     )
+
+
+def read_inspection(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Path | None, Invocation]:
+    """Read what follows `pennyweight inspect`: the folder for pictures, and what it shares with others.
+
+    Raises:
+        SettingError: a name or a value is wrong, with name, value and rule.
+        SystemExit: `--help` was asked for and printed.
+    """
+    invocation = read_invocation(arguments, environment, "inspect")
+    folder = invocation.words["plot"]
+    return None if folder is None else inspect_options.parse_folder(folder), invocation
+
+
+def read_evaluation(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Evaluation, Invocation]:
+    """Read what follows `pennyweight evaluate`.
+
+    Raises:
+        SettingError: a name or a value is wrong, with name, value and rule.
+        SystemExit: `--help` was asked for and printed.
+    """
+    invocation = read_invocation(arguments, environment, "evaluate")
+    return evaluate_options.read_options(invocation.words, invocation.settings.quantize), invocation
 
 
 def read_kernel_bench(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[KernelBench, Invocation]:
@@ -216,6 +259,8 @@ def _read_flags(arguments: Sequence[str], command: str) -> tuple[dict[str, Any],
     if command == "serve":
         parser.add_argument("--print-config", action="store_true", help="print the settings in force and exit")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+    if command in _OWN_FLAGS:
+        _OWN_FLAGS[command](parser)
     source: CliSettingsSource[Any] = CliSettingsSource(_Sources, root_parser=parser, add_argument_method=_add_argument)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -281,8 +326,6 @@ def _read_file(path: Path, origin: str) -> dict[str, Any]:
 
 def _unknown(written: str, name: str, spelling: Callable[[str], str]) -> SettingError:
     """The error for what is no setting: `written` by its user, `name` as a field would be called."""
-    if name in LATER_SETTINGS:
-        return SettingError(f"{written}: not part of version {__version__}; remove it")
     near = difflib.get_close_matches(name, [*Settings.model_fields, _CONFIG], n=1, cutoff=0.7)
     remedy = f"did you mean {spelling(near[0])}?" if near else "`pennyweight serve --help` lists them"
     return SettingError(f"{written}: no setting of version {__version__}; {remedy}")

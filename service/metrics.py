@@ -16,6 +16,7 @@ from service import __version__
 from service.engine.sequence import FinishReason, SequenceTimings
 from service.engine.stats import EngineState, StepStats
 from service.loading import memory
+from service.loading.fidelity_report import Fidelity
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 from service.series import Counter, Family, Gauge, Histogram, label_text
@@ -46,11 +47,13 @@ class ModelFigures:
 
     Attributes:
         engine_state: reads the engine's gauges.
+        fidelity: how far the comparison with the unquantized model has come.
         device_memory: reads `device_allocated` and `device_reserved`; empty on a CPU.
     """
 
     report: LoadReport
     engine_state: Callable[[], EngineState]
+    fidelity: Callable[[], Fidelity]
     device_memory: Callable[[], Mapping[str, int]]
 
 
@@ -154,6 +157,9 @@ class Metrics:
             state = self._figures.engine_state()
             memory_bytes |= {"kv_cache": state.kv_cache_bytes, **self._figures.device_memory()}
             yield from _engine_gauges(state)
+            yield from _fidelity_gauges(self._figures.fidelity())
+            seconds = self._figures.report.phase_seconds  # the cache is written after the start
+            yield _gauges("load_phase_seconds", "Seconds of the load by phase.", "phase", seconds)
         yield _gauges("memory_bytes", "Memory of this process and its device, now.", "kind", memory_bytes)
 
     def _is_ready(self) -> bool:
@@ -184,6 +190,13 @@ def _engine_gauges(state: EngineState) -> Iterator[Gauge]:
         yield _gauge("last_step_timestamp_seconds", "Unix time of the last finished step.", state.last_step_at)
 
 
+def _fidelity_gauges(fidelity: Fidelity) -> Iterator[Gauge]:
+    """Nothing before they are known."""
+    if fidelity.kl_mean_nats is not None and fidelity.top1_ratio is not None:
+        yield _gauge("fidelity_kl_nats", "Mean KL(original || served) of the next token.", fidelity.kl_mean_nats)
+        yield _gauge("fidelity_top1_ratio", "Share of tokens for which both find one likeliest.", fidelity.top1_ratio)
+
+
 def _load_gauges(report: LoadReport) -> Iterator[Gauge]:
     facts = {"revision": report.revision, "dtype": report.dtype, "kernel": report.kernel, "recipe": report.recipe}
     text = "What is served; always 1."
@@ -193,7 +206,6 @@ def _load_gauges(report: LoadReport) -> Iterator[Gauge]:
     yield _gauge("weight_saving_ratio", "1 - weight_bytes / weight_original_bytes.", report.saving_ratio)
     yield _gauge("weight_bits_per_parameter", "8 * weight_bytes / parameters.", report.bits_per_parameter)
     yield _gauges("load_peak_bytes", "Most memory in use at once until ready.", "where", report.peak_bytes)
-    yield _gauges("load_phase_seconds", "Seconds of the load by phase.", "phase", report.phase_seconds)
     errors = [layer.relative_error for layer in report.layers if layer.scheme != "none"] or [0.0]
     yield _gauges(
         "quantization_error_ratio",

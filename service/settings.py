@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,9 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from service.api.limits import MAX_RATE, parse_rates
 from service.errors import SettingError
+from service.loading.artifact import is_artifact, read_manifest
 
-LATER_SETTINGS = frozenset({"cache_limit", "fidelity", "max_kl", "verify"})
-"""Names that are kept for other versions."""
 SECRETS = frozenset({"api_keys", "metrics_key"})
 """Names that only variables have, and nothing prints; a file may hold the same."""
 
@@ -116,6 +116,19 @@ class Settings(BaseModel):
         Literal["auto", "torch", "baseline", "avx2", "avx512", "amx"],
         Field(description="instruction set of the CPU kernels; auto: the best there is; torch: none of them"),
     ] = "auto"
+    fidelity: Annotated[
+        Literal["off", "background", "before-ready"],
+        Field(description="compare with the unquantized model: beside the first requests, or before any is taken"),
+    ] = "background"
+    max_kl: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=100,
+            allow_inf_nan=False,
+            description="nats by which quantization may move the next token, in the mean; compares before-ready",
+        ),
+    ] = None
     host: Annotated[str, Field(min_length=1, max_length=253, description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: any free one")] = 8000
     max_model_len: Annotated[
@@ -203,8 +216,18 @@ class Settings(BaseModel):
     log_format: Annotated[Literal["text", "json"], Field(description="form of the log on stderr")] = "text"
     log_prompts: Annotated[bool, Field(description="write into the log what clients send to the model")] = False
     cache_dir: Annotated[
-        Path | None, Field(description="where hub models are kept; default: huggingface_hub's own place")
+        Path | None,
+        Field(description="where hub models are kept, quantized ones below; default: HF_HOME and XDG_CACHE_HOME"),
     ] = None
+    cache_limit: Annotated[
+        int,
+        BeforeValidator(parse_size),
+        Field(ge=0, le=2**50, description="bytes of quantized models kept for the next start, such as 20GiB; 0: none"),
+    ] = 32 * 2**30
+    verify: Annotated[
+        Literal["block", "full"],
+        Field(description="of a quantized model that is read again: the checksum of each block, or a sha256 too"),
+    ] = "block"
     hf_token_file: Annotated[
         Path | None, Field(description="file that holds the token for the hub; default: the variable HF_TOKEN")
     ] = None
@@ -219,6 +242,22 @@ def model_name(settings: Settings) -> str:
         return _DEMO_NAME
     folder = Path(settings.model).expanduser()
     return folder.resolve().name if folder.is_dir() else settings.model
+
+
+def as_quantized(settings: Settings) -> Settings:
+    """Settings in which an artifact that is to be served decides on recipe and dtype, unless others are given.
+
+    Raises:
+        ArtifactError: it is damaged or of another version.
+    """
+    if settings.model is None:
+        return settings
+    folder = Path(os.path.expanduser(settings.model))
+    if not is_artifact(folder):
+        return settings
+    manifest = read_manifest(folder)
+    own = {"quantize": manifest.recipe, "dtype": manifest.dtype}
+    return settings.model_copy(update={name: own[name] for name in own.keys() - settings.model_fields_set})
 
 
 def as_toml(settings: Settings) -> str:

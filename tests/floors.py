@@ -74,6 +74,9 @@ EXTRA_PACKAGES = {
     "service.api.limits": {"limits"},
     "service.api.matchers": {"llguidance"},
     "service.api.template_worker": {"transformers", "jinja2"},  # a process of its own
+    "service.loading.artifact_cache": {"filelock"},
+    "service.loading.artifact_read": {"xxhash"},
+    "service.loading.artifact_write": {"xxhash"},
     "service.loading.hub_headers": {"httpx2"},  # the errors of huggingface_hub's connections
     "service.reports.progress": {"rich"},
     "service.reports.doctor": {"rich", "torch", "huggingface_hub"},
@@ -81,6 +84,12 @@ EXTRA_PACKAGES = {
     "service.reports.bench_kernels": {"torch"},
     "service.reports.bench_table": {"rich"},
     "service.reports.plan": {"rich"},
+    "service.reports.evaluate": {"rich"},
+    "service.reports.evaluate_plot": {"matplotlib"},
+    "service.reports.histograms": {"numpy", "torch"},
+    "service.reports.inspect": {"rich"},
+    "service.reports.inspect_plot": {"matplotlib", "numpy"},
+    "service.reports.inspect_watch": {"numpy", "torch"},
     "service.reports.bench_client": {"httpx2"},
     "service.reports.bench_serve_table": {"rich"},
     "service.reports.bench_serve_plot": {"matplotlib"},

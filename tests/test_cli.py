@@ -47,7 +47,7 @@ def test_version_and_help_are_printed(capsys: pytest.CaptureFixture[str]) -> Non
     assert "usage: pennyweight serve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "plan", "quantize", "inspect", "evaluate", "doctor"])
 def test_help_of_a_command_names_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -82,7 +82,7 @@ def test_help_of_the_benchmarks_names_them(capsys: pytest.CaptureFixture[str]) -
     assert "pennyweight bench serve" in text
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "evaluate", "server"])
+@pytest.mark.parametrize("command", ["train", "server"])
 def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,14 +95,15 @@ def test_a_command_that_is_not_built_is_2_and_says_what_there_is(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; available: serve, plan, doctor, bench"),
+        ([], "no command given; available: serve, plan, quantize, inspect, evaluate, doctor, bench"),
         (["bench"], "bench: nothing to measure was named; write `pennyweight bench kernels` or"),
         (["bench", "disk"], "bench disk: version .* has no such benchmark; write `pennyweight bench kernels` or"),
         (["bench", "serve"], "--url: given 0 times; name one server, or two to compare"),
         (["bench", "kernels", "--rows", "x"], "--rows x: 'x' must be a whole number"),
         (["serve", "--port", "99999"], "--port 99999: must be less than or equal to 65535"),
         (["serve", "--quantize", "w9a16"], "--quantize: .*w9a16"),
-        (["serve", "--cache-limit", "5"], "--cache-limit: not part of version"),
+        (["serve", "--cache-limit", "lots"], "--cache-limit lots: must be a number of bytes"),
+        (["serve", "--verify", "half"], "--verify half: must be 'block' or 'full'"),
         (["serve", "--twin", "5"], "--twin 5: must be an origin such as http://127.0.0.1:8001"),
         (["serve", "--json"], "--json: serve prints nothing but its settings; give --print-config"),
         (["serve", "--hf-token-file", "/nowhere"], "--hf-token-file /nowhere: cannot be read"),

@@ -73,6 +73,8 @@ RUN_ALONE = {
 }
 RUN_ALONE |= {"service.api.grammar_worker", "service.api.matchers"}
 RUN_ALONE |= {f"service.reports.bench_{name}" for name in ("runs", "kernels", "table", "serve_plot")}
+RUN_ALONE |= {f"service.reports.{name}" for name in ("evaluate", "evaluate_plot", "histograms")}
+RUN_ALONE |= {f"service.reports.inspect_{name}" for name in ("plot", "watch")}
 LIGHT = [name for name, module in SERVICE.items() if (floor_of(module.room) or 0) >= 6 and name not in RUN_ALONE]
 
 

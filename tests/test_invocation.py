@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import RecipeError, SettingError
 from service.invocation import Invocation, flag_of, read_invocation, variable_of
-from service.settings import LATER_SETTINGS, SECRETS, Settings
+from service.settings import SECRETS, Settings
 
 NUMBERS = ["port", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "max_queue"]
 NUMBERS += ["drain_timeout", "max_body_bytes", "failed_linger", "threads"]
@@ -26,6 +26,9 @@ SPECIAL_VALUES = {
     "cors_origin": "http://localhost:3000",
     "twin": "http://localhost:3000",
     "docs": "on",
+    "verify": "full",
+    "fidelity": "before-ready",
+    "max_kl": "0.5",
     "log_prompts": "true",
     "deterministic": "true",
     "trust_remote_code": "true",
@@ -129,18 +132,6 @@ def test_every_number_has_bounds(name: str, value: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("name", sorted(LATER_SETTINGS))
-def test_a_setting_of_another_version_is_refused_wherever_it_stands(name: str, tmp_path: Path) -> None:
-    rule = "not part of version .*; remove it"
-    for arguments in ([flag_of(name), "5"], [f"{flag_of(name)}=5"], [flag_of(name)]):
-        with pytest.raises(SettingError, match=f"^{flag_of(name)}: {rule}"):
-            _read(*arguments)
-    with pytest.raises(SettingError, match=f"^{variable_of(name)}=.*: {rule}"):
-        _read(**{variable_of(name): "5"})
-    with pytest.raises(SettingError, match=f"settings.toml: {name}: {rule}"):
-        _read("--config", _file(tmp_path, f"{name} = 5"))
-
-
 def test_a_wrong_recipe_is_an_error_that_names_its_origin() -> None:
     with pytest.raises(RecipeError, match=r"PENNYWEIGHT_QUANTIZE: .*'?w9a16"):
         _read(PENNYWEIGHT_QUANTIZE="w9a16")
@@ -235,3 +226,11 @@ def test_only_serve_prints_its_settings() -> None:
     assert read("serve").as_json
     with pytest.raises(SettingError, match="--print-config: no setting"):
         read("doctor")
+
+
+@pytest.mark.parametrize("environment", [{}, {"PENNYWEIGHT_FIDELITY": "off"}], ids=["flag", "variable"])
+def test_a_limit_on_what_is_not_compared_is_an_error(environment: dict[str, str]) -> None:
+    flags = ["--max-kl", "0.5"] + ([] if environment else ["--fidelity", "off"])
+    name = "PENNYWEIGHT_FIDELITY" if environment else "--fidelity"
+    with pytest.raises(SettingError, match=rf"^{name} off and --max-kl 0\.5: a limit needs the comparison; leave one"):
+        _read(*flags, **environment)

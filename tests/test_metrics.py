@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service import __version__
 from service.engine.sequence import FinishReason, SequenceTimings
 from service.engine.stats import EngineState, StepStats
+from service.loading.fidelity_report import OFF, RUNNING, UNQUANTIZED, Fidelity
 from service.loading.progress import LoadProgress, Phase
-from service.loading.report import LayerReport, LoadReport, WeightBytes
+from service.loading.report import HonestyReport, LayerReport, LoadReport, WeightBytes
 from service.metrics import Metrics, ModelFigures
 
 LAYER = LayerReport(
@@ -42,6 +43,7 @@ REPORT = LoadReport(
     total_seconds=3.0,
     peak_bytes={"host": 1000},
     resident_before_bytes=500,
+    honesty=HonestyReport(num_tensors=9, num_assigned=3, num_quantized=2, planned_bytes=200),
     layers=(LAYER, replace(LAYER, relative_error=0.03), replace(LAYER, scheme="none", relative_error=0.0)),
 )
 STATE = EngineState(
@@ -79,9 +81,19 @@ def metrics(progress: LoadProgress) -> Metrics:
     return Metrics(progress, model="m", scheme="mixed-01234567", device="unknown")
 
 
-def _load(metrics: Metrics, state: EngineState = STATE, device_memory: dict[str, int] | None = None) -> None:
+def _load(
+    metrics: Metrics,
+    state: EngineState = STATE,
+    device_memory: dict[str, int] | None = None,
+    fidelity: Fidelity = OFF,
+) -> None:
     metrics.model_loaded(
-        ModelFigures(report=REPORT, engine_state=lambda: state, device_memory=lambda: device_memory or {})
+        ModelFigures(
+            report=REPORT,
+            engine_state=lambda: state,
+            fidelity=lambda: fidelity,
+            device_memory=lambda: device_memory or {},
+        )
     )
 
 
@@ -127,10 +139,30 @@ def test_the_figures_of_the_model_are_those_of_its_report(metrics: Metrics) -> N
     assert {name: samples[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("fidelity", [OFF, RUNNING], ids=["off", "running"])
+def test_before_it_is_known_no_fidelity_is_exported(metrics: Metrics, fidelity: Fidelity) -> None:
+    _load(metrics, fidelity=fidelity)
+    assert not [name for name in _samples(metrics) if "fidelity" in name]
+
+
+def test_a_fidelity_that_is_known_is_exported(metrics: Metrics) -> None:
+    _load(metrics, fidelity=Fidelity(state="done", kl_mean_nats=0.25, top1_ratio=0.75))
+    samples = _samples(metrics)
+    assert (samples["fidelity_kl_nats"], samples["fidelity_top1_ratio"]) == (0.25, 0.75)
+
+
+def test_an_unquantized_model_has_lost_nothing(metrics: Metrics) -> None:
+    _load(metrics, fidelity=UNQUANTIZED)
+    samples = _samples(metrics)
+    assert (samples["fidelity_kl_nats"], samples["fidelity_top1_ratio"]) == (0, 1)
+
+
 def test_an_unquantized_model_has_error_zero(metrics: Metrics) -> None:
     layers = (replace(LAYER, scheme="none", relative_error=0.0),)
     report = replace(REPORT, layers=layers, weight_bytes=WeightBytes(codes=0, scales=0, unquantized=400))
-    metrics.model_loaded(ModelFigures(report=report, engine_state=lambda: STATE, device_memory=dict))
+    metrics.model_loaded(
+        ModelFigures(report=report, engine_state=lambda: STATE, fidelity=lambda: OFF, device_memory=dict)
+    )
     samples = _samples(metrics)
     assert samples["quantization_error_ratio{stat=max}"] == samples["quantization_error_ratio{stat=mean}"] == 0
     assert samples["weight_saving_ratio"] == samples["weight_bytes{kind=codes}"] == 0
@@ -227,7 +259,7 @@ def test_a_scrape_that_hangs_keeps_no_step_waiting(metrics: Metrics) -> None:
         may_go_on.wait()
         return {}
 
-    figures = ModelFigures(report=REPORT, engine_state=lambda: STATE, device_memory=read_device)
+    figures = ModelFigures(report=REPORT, engine_state=lambda: STATE, fidelity=lambda: OFF, device_memory=read_device)
     metrics.model_loaded(figures)
     with ThreadPoolExecutor(1) as scraper:
         scrape = scraper.submit(metrics.text)

@@ -80,16 +80,16 @@ def test_a_recipe_of_the_readme_is_one(recipe: str) -> None:
 
 def test_a_series_of_the_readme_is_exported() -> None:
     source = (ROOT / "service" / "metrics.py").read_text(encoding="utf-8")
-    exported = set(re.findall(r'"(?:\{PREFIX\}_)?([a-z_]+)"', source))
-    named = re.findall(r"`pennyweight_([a-z_]+)", section("Metrics"))
+    exported = set(re.findall(r'"(?:\{PREFIX\}_)?([a-z0-9_]+)"', source))
+    named = re.findall(r"`pennyweight_([a-z0-9_]+)", section("Metrics"))
     assert named
     assert {name.removesuffix("_total") for name in named} <= exported
 
 
 def test_every_series_that_is_exported_stands_in_the_readme() -> None:
     source = (ROOT / "service" / "metrics.py").read_text(encoding="utf-8")
-    named = {name.removesuffix("_total") for name in re.findall(r"`pennyweight_([a-z_]+)`", section("Metrics"))}
-    made = r"(?:_counter|_gauge|_histogram|_family|GaugeMetricFamily)\(\s*f?\"(?:\{PREFIX\}_)?([a-z_]+)\""
+    named = {name.removesuffix("_total") for name in re.findall(r"`pennyweight_([a-z0-9_]+)`", section("Metrics"))}
+    made = r"(?:_counter|_gauges?|_histogram|Gauge)\(\s*f?\"(?:\{PREFIX\}_)?([a-z0-9_]+)\""
     exported = set(re.findall(made, source))
     assert {"model_info", "last_step_timestamp_seconds", "batch_tokens"} <= exported
     assert exported - named == set()

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.e2e
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 URL = "http://127.0.0.1:8000"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+QUANTIZED = "smollm2-w4"
 PYTHON = "python:\n"
 """Before the text of a block of Python, which is one command."""
 TIMEOUT_S = 120
@@ -149,7 +150,8 @@ def serves(command: str, workplace: Workplace) -> None:
         place = words.index("--port")
         del words[place : place + 2]  # another is taken
     keys = workplace.folder / "keys"
-    words = [{HUB_ID: str(model_folder()), "keys": str(keys)}.get(word, word) for word in words]
+    paths = {HUB_ID: str(model_folder()), "keys": str(keys), QUANTIZED: str(workplace.folder / QUANTIZED)}
+    words = [paths.get(word, word) for word in words]
     with started(*words) as server, server.client() as client:
         assert client.get("/livez").status_code == 200
         server.process.send_signal(signal.SIGTERM)
@@ -251,6 +253,16 @@ CHECKS: Mapping[str, Check] = {
         r"pennyweight_weight_saving_ratio\{.* 0\.49"
     ),
     f"pennyweight plan {HUB_ID} --quantize w8a16 --memory 1GiB": runs(model=True),
+    f"pennyweight inspect {HUB_ID} --quantize w4a16-g64 --plot plots": runs(
+        "--threads 1", model=True, creates=("plots/errors.png", "plots/histograms.png", "plots/codes.png")
+    ),
+    f'pennyweight evaluate {HUB_ID} --quantize "w8a16;w4a16-g64;nf4" --plot quality.png': runs(
+        "--windows 1 --threads 1", model=True, creates=("quality.png",)
+    ),
+    f"pennyweight quantize {HUB_ID} --quantize w4a16-g64 --output {QUANTIZED}": runs(
+        "--threads 1", model=True, creates=(f"{QUANTIZED}/pennyweight.json",)
+    ),
+    f"pennyweight serve {QUANTIZED}": serves,
     "pennyweight doctor": runs(),
     'echo "alice:$(openssl rand -hex 32)" >> keys': runs(creates=("keys",), needs=("openssl",)),
     "pennyweight serve --api-keys-file keys --rate-limit 60/minute --max-concurrent-requests 8": serves,

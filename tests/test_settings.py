@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from service.errors import SettingError
 from service.invocation import read_invocation
-from service.settings import LATER_SETTINGS, Settings, as_toml, model_name, read_hub_token
+from service.settings import Settings, as_toml, model_name, read_hub_token
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -21,10 +21,6 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert (settings.max_body_bytes, settings.failed_linger, settings.log_format) == (4194304, 0, "text")
     assert settings.model is None
     assert not settings.trust_remote_code
-
-
-def test_no_setting_is_also_one_of_other_versions() -> None:
-    assert LATER_SETTINGS.isdisjoint(Settings.model_fields)
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

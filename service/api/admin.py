@@ -75,7 +75,8 @@ def _add_model_routes(router: APIRouter, state: ServiceState) -> None:
             "bits_per_parameter": report.bits_per_parameter,
             "system_fingerprint": report.fingerprint,
         }
-        return {"model": state.model_name} | asdict(report) | {"weight_bytes": weight_bytes} | derived
+        fidelity = {"fidelity": state.served.fidelity().to_dict()}
+        return {"model": state.model_name} | asdict(report) | {"weight_bytes": weight_bytes} | derived | fidelity
 
 
 def _add_probe_routes(router: APIRouter, state: ServiceState) -> None:
@@ -101,7 +102,12 @@ def _add_probe_routes(router: APIRouter, state: ServiceState) -> None:
         """200 if it can serve, else 503 and how far it has come."""
         progress = state.progress.snapshot()
         phase = state.phase
-        body = progress._asdict() | {"phase": str(phase), "elapsed_s": round(progress.elapsed_s, 3)}
+        left_s = None if progress.remaining_s is None else round(progress.remaining_s, 3)
+        body = progress._asdict() | {
+            "phase": str(phase),
+            "elapsed_s": round(progress.elapsed_s, 3),
+            "remaining_s": left_s,
+        }
         if phase is Phase.READY:
             return JSONResponse(body)
         error = state.not_ready()

@@ -259,6 +259,7 @@ class Readiness(Answer):
     done_bytes: Count
     total_bytes: Count
     elapsed_s: float
+    remaining_s: float | None
     error: ErrorDetail | None = None
 
 

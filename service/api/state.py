@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from service.api.text import TextCodec
 from service.engine.sequence import FinishReason, SamplingParams
 from service.engine.stats import EngineState
 from service.errors import NotFound, QueueFull, ServiceFailed, Unavailable
+from service.loading.fidelity_report import Fidelity
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 from service.metrics import Metrics
@@ -56,6 +57,7 @@ class ServedModel:
 
     Attributes:
         max_model_len: prompt and new tokens of one sequence, as far as context and KV memory allow.
+        fidelity: how far the comparison with the unquantized model has come.
         chat_template: None if the model has none.
         grammars: None without the extra `grammar`.
     """
@@ -63,6 +65,7 @@ class ServedModel:
     engine: EngineHandle
     codec: TextCodec
     report: LoadReport
+    fidelity: Callable[[], Fidelity]
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]

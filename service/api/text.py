@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from service.api.templates import ChatTemplate, TemplateSource
@@ -114,6 +114,36 @@ class TextCodec:
         encoding = self._chat_tokenizer(rendered, add_special_tokens=False, sanitize_control_tokens=True)
         ids: list[int] = encoding["input_ids"]
         return ids
+
+
+def encode_probe(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, vocab_size: int, length: int
+) -> list[int]:
+    """Token ids of some texts, about as many of each; what a model wants in front of a text stands in front of all.
+
+    Args:
+        vocab_size: of the model; tokens behind it are left out.
+        length: of the result, unless the texts are shorter.
+    """
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    ids: list[int] = []
+    for number, text in enumerate(texts, 1):
+        part = backend.encode(text, add_special_tokens=number == 1).ids
+        known = [token_id for token_id in part if token_id < vocab_size]
+        ids += known[: length * number // len(texts) - len(ids)]
+    return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of the special tokens that a model wants in front of any text, and those of a text of any length."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    framed = backend.encode("a")
+    is_prefix = takewhile(lambda item: item[1], zip(framed.ids, framed.special_tokens_mask, strict=True))
+    return [token_id for token_id, _ in is_prefix], backend.encode(text, add_special_tokens=False).ids
 
 
 class Detokenizer:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from service.engine.blocks import KVBlocks
 from service.errors import UnsupportedModel
 from service.kernels import dispatch
-from service.kernels.native_attention import Attention
+from service.kernels.native_attention import Attention, Rows
 
 ATTENTION_NAME = "pennyweight"
 """Name under which the attention and mask functions are registered."""
@@ -52,10 +52,7 @@ class Decodes(Span):
     block_tables: Tensor
 
     def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: Attention) -> Tensor:
-        """See `Span.attend`; the query heads of one KV head become rows of one product where no kernel is."""
-        out = _attend_in_blocks(queries, kv, layer_idx, self.block_tables, self.lengths, options)
-        if out is not None:
-            return out
+        """See `Span.attend`; the query heads of one KV head become rows of one product."""
         keys, values = kv.gather(layer_idx, self.block_tables)
         bias = self._bias(keys.shape[1], options.sliding_window, queries.dtype)
         return _attend_single_tokens(queries, keys, values, bias, options)
@@ -79,22 +76,16 @@ class Chunk(Span):
 
     Attributes:
         position: of the first of them.
-        lengths: int64[1], tokens that the first of them sees, itself included; read where it is the only one.
         first_slot: slot of the sequence's first token if its blocks follow one another, else None.
         block_table: int64[1, n].
     """
 
     position: int
-    lengths: Tensor
     first_slot: int | None
     block_table: Tensor
 
     def attend(self, queries: Tensor, kv: KVBlocks, layer_idx: int, options: Attention) -> Tensor:
         """See `Span.attend`; only keys that some query sees are read."""
-        if len(queries) == 1:
-            out = _attend_in_blocks(queries, kv, layer_idx, self.block_table, self.lengths, options)
-            if out is not None:
-                return out
         window = options.sliding_window
         first = 0 if window is None else max(0, self.position - window + 1)
         last = self.position + self.stop - self.start
@@ -130,12 +121,14 @@ class Step:
     Attributes:
         slots: int64[T], where the keys and values of each column are stored.
         fresh_blocks: int64[n], blocks that this step begins and does not fill.
-        spans: cover all columns in order.
+        rows: whose tokens the columns are, in order; for kernels, which attend all of them at once.
+        spans: the same for torch, which attends one of them after the other.
     """
 
     kv: KVBlocks
     slots: Tensor
     fresh_blocks: Tensor | None
+    rows: Rows
     spans: list[Span]
     entered: set[int] = field(default_factory=set, init=False)
 
@@ -186,6 +179,9 @@ def attend(
     queries = query[0].transpose(0, 1)
     factor = queries.shape[-1] ** -0.5 if scaling is None else scaling
     options = Attention(factor, sliding_window, softcap, s_aux)
+    out = dispatch.attend(queries, *step.kv.stored(layer_idx), step.rows, how=options)
+    if out is not None:
+        return out[None], None
     if len(step.spans) == 1:
         return step.spans[0].attend(queries, step.kv, layer_idx, options)[None], None
     parts = [span.attend(queries[span.start : span.stop], step.kv, layer_idx, options) for span in step.spans]
@@ -224,13 +220,6 @@ def set_attention(model: nn.Module, name: str | None) -> None:
     """Make a model attend in one of its own ways; one that knows only one way is left alone."""
     if name is not None and isinstance(model, PreTrainedModel) and model.config._attn_implementation != name:
         model.set_attn_implementation(name)
-
-
-def _attend_in_blocks(
-    queries: Tensor, kv: KVBlocks, layer_idx: int, tables: Tensor, lengths: Tensor, options: Attention
-) -> Tensor | None:
-    """Attend queries [rows, heads, dk], one per sequence, natively; None where no kernel does."""
-    return dispatch.attend(queries, *kv.stored(layer_idx), tables=tables, lengths=lengths, how=options)
 
 
 def _attend_single_tokens(

@@ -12,6 +12,7 @@ from torch import Tensor
 from service.engine.attention import Chunk, Decodes, Span, Step
 from service.engine.batch import Work
 from service.engine.blocks import KVBlocks
+from service.kernels.native_attention import Rows
 
 _PADDING_SLACK_BLOCKS = 16
 """Sequences whose lengths differ by no more are attended in one batch: another one costs more than the padding."""
@@ -49,29 +50,24 @@ def pack(works: Sequence[Work], kv: KVBlocks, device: torch.device, *, reads_in_
         integers.add(column)
     integers.add(_tails(works, order))
     integers.add(_fresh_blocks(ordered, kv.block_size))
-    for group in groups:
-        integers.add(array("q", [work.position + 1 for work in group]))
-        integers.add(_tables(group, kv.block_size))
+    tables = [_tables(group, kv.block_size) for group in groups]
+    for column in _rows(groups, tables):
+        integers.add(column)
     ids, positions, slots, tails, fresh, *parts = integers.move(device)
+    rows = Rows(*parts)
     spans: list[Span] = []
-    start = 0
-    for group, lengths, tables in zip(groups, parts[::2], parts[1::2], strict=True):
-        stop = start + sum(work.count for work in group)
+    start = first_row = begin = 0
+    for group, table in zip(groups, tables, strict=True):
+        stop, last_row, end = start + sum(work.count for work in group), first_row + len(group), begin + len(table)
+        block_tables = rows.tables[begin:end].view(len(group), -1)
         if len(group) > 1:
-            span: Span = Decodes(start, stop, lengths=lengths, block_tables=tables.view(len(group), -1))
+            span: Span = Decodes(start, stop, lengths=rows.lengths[first_row:last_row], block_tables=block_tables)
         else:
             first_slot = _first_slot(group[0], kv.block_size) if reads_in_place else None
-            span = Chunk(
-                start,
-                stop,
-                position=group[0].position,
-                lengths=lengths,
-                first_slot=first_slot,
-                block_table=tables[None],
-            )
+            span = Chunk(start, stop, position=group[0].position, first_slot=first_slot, block_table=block_tables)
         spans.append(span)
-        start = stop
-    return Inputs(ids, positions, tails, Step(kv, slots, fresh if len(fresh) else None, spans))
+        start, first_row, begin = stop, last_row, end
+    return Inputs(ids, positions, tails, Step(kv, slots, fresh if len(fresh) else None, rows, spans))
 
 
 class _Integers:
@@ -146,6 +142,19 @@ def _groups(works: Sequence[Work], block_size: int) -> Iterator[Sequence[Work]]:
             stop = 0 if work.count > 1 else max(2 * shortest, shortest + _PADDING_SLACK_BLOCKS) * block_size
         group.append(work)
     yield group
+
+
+def _rows(groups: Sequence[Sequence[Work]], tables: Sequence[array[int]]) -> tuple[array[int], ...]:
+    """The parts of `Rows`, the tables of the groups one behind the other."""
+    joined, starts, lengths, counts = array("q"), array("q", [0]), array("q"), array("q")
+    for group, table in zip(groups, tables, strict=True):
+        joined += table
+        width = len(table) // len(group)
+        for work in group:
+            starts.append(starts[-1] + width)
+            lengths.append(work.position + work.count)
+            counts.append(work.count)
+    return joined, starts, lengths, counts
 
 
 def _tables(works: Sequence[Work], block_size: int) -> array[int]:

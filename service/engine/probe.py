@@ -27,6 +27,7 @@ from service.engine.sequence import SamplingParams, Sequence
 from service.engine.stats import EnginePath
 from service.errors import UnsupportedModel
 from service.layers.fusion import fuse, watch_siblings
+from service.loading.honesty import first_nonfinite, has_nonfinite
 from service.loading.memory import tight_heap
 
 _NUM_SEQUENCES = 3
@@ -56,7 +57,7 @@ class Probe:
     input fused. Without `thorough` a large model is looked at more quickly.
 
     Raises:
-        UnsupportedModel: the model's own forward fails or gives NaN.
+        UnsupportedModel: the model's own forward fails, or gives NaN or infinity; then the layer is named.
     """
 
     def __init__(self, model: nn.Module, *, vocab_size: int, max_model_len: int, thorough: bool) -> None:
@@ -80,10 +81,11 @@ class Probe:
                 f"model type {model_type(model)!r} raises {type(error).__name__} in its own forward ({error}); "
                 "it must compute token ids without anything else; use another model"
             ) from error
-        if self._expected.isnan().any():
+        if has_nonfinite(self._expected):
+            where = first_nonfinite(model, self._stock_logits) or "its forward, after all layers"
             raise UnsupportedModel(
-                f"model type {model_type(model)!r} gives NaN in {next(model.parameters()).dtype}; "
-                "its own forward must be finite; use another --dtype or checkpoint"
+                f"model type {model_type(model)!r} gives NaN or infinity in {next(model.parameters()).dtype}, first "
+                f"out of {where}; its own forward must be finite; use another --dtype or checkpoint"
             )
         for layers in siblings:
             with tight_heap():  # gives back what each group leaves behind: on small models, as much as their weights

@@ -13,10 +13,11 @@ from torch.nn import functional
 from service.errors import SettingError
 from service.kernels import native, native_attention, native_encode, native_sampling, reference, self_check
 from service.kernels.native import Library, NativeWeight
-from service.kernels.native_attention import Attention, Stored
+from service.kernels.native_attention import Attention, Rows, Stored
 from service.numerics import encode as torch_encode
 from service.numerics.encode import EncodedWeight
-from service.numerics.schemes import QuantScheme
+from service.numerics.schemes import NF4_DQ, QuantScheme
+from service.numerics.storage import Buffers
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ def linear(
         library is None
         or x.dtype not in _DTYPES
         or not x.is_cpu
+        or not native.takes(scheme)
         or (bias is not None and not _is_bias_for(x, bias, out_features))
     ):
         return _torch_linear(x, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias)
@@ -197,19 +199,22 @@ def linear_unquantized(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return library.linear(x, described, bias)
 
 
-def encode(weight: Tensor, scheme: QuantScheme) -> EncodedWeight:
+def encode(weight: Tensor, scheme: QuantScheme, *, into: Buffers | None = None) -> EncodedWeight:
     """Quantize and pack a weight: as `numerics.encode.encode`, natively where there is a kernel for it.
 
     Args:
         weight: float[out, in] on the CPU, finite, of any strides.
+        into: buffers to fill; None makes new ones.
 
     Raises:
         QuantizationError: the weight is not 2-D, is empty, or holds NaN or infinity.
     """
     library = _kernels.library
-    if library is None or not native_encode.is_encodable(weight):
-        return torch_encode.encode(weight, scheme)
-    return native_encode.encode(library, weight, scheme)
+    if scheme == NF4_DQ:
+        return torch_encode.double_quantize(weight, encode, into=into)
+    if library is None or not native_encode.takes(scheme) or not native_encode.is_encodable(weight):
+        return torch_encode.encode(weight, scheme, into=into)
+    return native_encode.encode(library, weight, scheme, into=into)
 
 
 def sampling_library(logits: Tensor) -> Library | None:
@@ -218,14 +223,12 @@ def sampling_library(logits: Tensor) -> Library | None:
     return library if library is not None and native_sampling.takes(logits) else None
 
 
-def attend(
-    queries: Tensor, keys: Stored, values: Stored, *, tables: Tensor, lengths: Tensor, how: Attention
-) -> Tensor | None:
+def attend(queries: Tensor, keys: Stored, values: Stored, rows: Rows, *, how: Attention) -> Tensor | None:
     """As `native_attention.attend` where the library can; None where torch has to."""
     library = _kernels.library
     if library is None or not native_attention.takes(queries, keys, values):
         return None
-    return native_attention.attend(library, queries, keys, values, tables=tables, lengths=lengths, how=how)
+    return native_attention.attend(library, queries, keys, values, rows, how=how)
 
 
 def _is_bias_for(x: Tensor, bias: Tensor, out_features: int) -> bool:
@@ -244,10 +247,5 @@ def _torch_linear(
     bias: Tensor | None,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if scheme.group_size:
-        y = reference.linear_packed(
-            rows, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias
-        )
-    else:
-        y = reference.linear_w8a16(rows, qweight, scales, bias, out_features=out_features)
+    y = reference.linear(rows, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias)
     return y.view(*x.shape[:-1], out_features)

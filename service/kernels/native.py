@@ -19,15 +19,16 @@ from torch import Tensor
 from service.errors import QuantizationError
 from service.numerics.affine import NOT_FINITE
 from service.numerics.codebook import levels
-from service.numerics.encode import storage_shapes
+from service.numerics.packing import K_TILE, num_tiles
 from service.numerics.schemes import QuantScheme
+from service.numerics.storage import storage_shapes
 
 PATH: Final = Path(__file__).with_name("libpennyweight_kernels.so")
 """Where pip puts the library."""
 
-_VERSION: Final = 3  # PW_VERSION of native/kernels.h
+_VERSION: Final = 5  # PW_VERSION of native/kernels.h
 _INT8, _TABLE4, _BF16 = range(3)  # enum pw_format
-_FLOAT32_SCALES, _BFLOAT16_SCALES = range(2)  # enum pw_scale_type
+_SCALE_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum pw_scale_type
 _NO_MEMORY, _NOT_FINITE = 2, 4  # enum pw_status
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # enum pw_dtype
 _ROWS_OF_ONE_READ: Final = 4  # up to which a product takes about as long as reading the weight
@@ -47,6 +48,8 @@ class _Weight(ctypes.Structure):
         ("group_size", ctypes.c_int64),
         ("format", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
+        ("has_offsets", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
     )
 
 
@@ -75,6 +78,14 @@ class NativeWeight:
         self.short_rows = _ROWS_OF_ONE_READ * _SHORT_BYTES // num_bytes if num_bytes <= _SHORT_BYTES else 0
 
 
+@cache
+def takes(scheme: QuantScheme) -> bool:
+    """Whether the library has a kernel for a scheme; torch multiplies with others."""
+    if scheme.named and not scheme.is_block:
+        return scheme.named in ("nf4", "fp4")
+    return scheme.bits == 4 or (scheme.bits == 8 and scheme.offset == "sym")
+
+
 def packed_weight(
     qweight: Tensor,
     scales: Tensor,
@@ -98,9 +109,11 @@ def packed_weight(
         levels=None if scheme.bits == 8 else ctypes.addressof(_levels(scheme)),
         out_features=out_features,
         in_features=in_features,
-        group_size=scheme.group_size,
+        # Whole rows have nothing but scales; what has more is one group.
+        group_size=scheme.group_size or (0 if scheme.offset == "sym" else num_tiles(in_features) * K_TILE),
         format=_INT8 if scheme.bits == 8 else _TABLE4,
-        scale_type=_FLOAT32_SCALES if scales.dtype == torch.float32 else _BFLOAT16_SCALES,
+        scale_type=_SCALE_TYPES[scales.dtype],
+        has_offsets=scheme.offset == "float",
     )
     return NativeWeight(described, shapes.codes_bytes, scheme)
 

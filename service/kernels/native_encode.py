@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from service.kernels.native import Library, packed_weight
+from service.kernels.native import takes as multiplies
 from service.numerics.codebook import levels, thresholds
-from service.numerics.encode import EncodedWeight, storage_shapes
-from service.numerics.schemes import QuantScheme
+from service.numerics.encode import EncodedWeight
+from service.numerics.schemes import FP4, NF4, QuantScheme
+from service.numerics.storage import Buffers, storage_shapes
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum pw_dtype
 
@@ -35,6 +37,14 @@ class _Source(ctypes.Structure):
     )
 
 
+@cache
+def takes(scheme: QuantScheme) -> bool:
+    """Whether there is an encoder for a scheme."""
+    is_affine = not scheme.named and scheme.fit == "rtn" and not scheme.is_per_tensor
+    is_affine = is_affine and (scheme.offset == "sym" or (scheme.offset == "asym" and scheme.group_size > 0))
+    return (is_affine or scheme in (NF4, FP4)) and multiplies(scheme)
+
+
 def is_encodable(weight: Tensor) -> bool:
     """Whether `encode` takes a weight: a matrix on the CPU, not empty, its rows one after another in memory."""
     return (
@@ -47,11 +57,12 @@ def is_encodable(weight: Tensor) -> bool:
     )
 
 
-def encode(library: Library, weight: Tensor, scheme: QuantScheme) -> EncodedWeight:
+def encode(library: Library, weight: Tensor, scheme: QuantScheme, *, into: Buffers | None = None) -> EncodedWeight:
     """Quantize and pack a weight on torch's threads.
 
     Args:
         weight: one that `is_encodable`.
+        into: as `numerics.encode.encode` takes it.
 
     Returns:
         Buffers that are the same for any number of threads; `quantize_s` is all of the time, and `pack_s` is 0.
@@ -60,10 +71,8 @@ def encode(library: Library, weight: Tensor, scheme: QuantScheme) -> EncodedWeig
         QuantizationError: the weight holds NaN or infinity.
     """
     out_features, in_features = weight.shape
-    shapes = storage_shapes(out_features, in_features, scheme)
     started = time.perf_counter()
-    qweight, scales = shapes.qweight.empty(weight.device), shapes.scales.empty(weight.device)
-    zero_points = shapes.zero_points.empty(weight.device) if shapes.zero_points else None
+    qweight, scales, zero_points = into or storage_shapes(out_features, in_features, scheme).empty(weight.device)
     encoded = packed_weight(
         qweight, scales, zero_points, scheme=scheme, out_features=out_features, in_features=in_features
     )

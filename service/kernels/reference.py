@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.numerics.encode import decode
+from service.numerics.float8 import levels_of
 from service.numerics.packing import STRIP, unpack_tiles
 from service.numerics.schemes import QuantScheme
 
@@ -22,10 +23,28 @@ CPU_BLOCK_BYTES: Final = 2 << 20  # of decoded weights; about the L2 of two core
 DEVICE_BLOCK_BYTES: Final = 64 << 20  # enough rows to fill a large GPU
 
 
-def linear_w8a16(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, *, out_features: int) -> Tensor:
-    """Compute x @ W.T + bias for one scale per row.
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    *,
+    scheme: QuantScheme,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute x @ W.T + bias for any scheme; see the two below."""
+    if scheme.bits == 8 and not scheme.group_size and scheme.offset == "sym":
+        return linear_by_row(x, qweight, scales, bias, scheme=scheme, out_features=out_features)
+    return linear_packed(x, qweight, scales, zero_points, scheme=scheme, out_features=out_features, bias=bias)
 
-    Integers are exact in every activation dtype; the scales multiply the sums in float32, once.
+
+def linear_by_row(
+    x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, *, scheme: QuantScheme, out_features: int
+) -> Tensor:
+    """Compute x @ W.T + bias for 8-bit codes and one scale per row.
+
+    Integers and 8-bit floats are exact in every activation dtype; the scales multiply the sums in float32, once.
 
     Args:
         x: float[rows, in], contiguous.
@@ -38,7 +57,8 @@ def linear_w8a16(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None
     rows, y = _operand(x), x.new_empty(len(x), out_features)
     for strips, outputs in _blocks(qweight, out_features, x.shape[1] * rows.itemsize):
         codes = unpack_tiles(qweight[strips], 8)[: outputs.stop - outputs.start, : x.shape[1]]
-        sums = functional.linear(rows, codes.to(rows.dtype))
+        levels = levels_of(codes) if scheme.named == "fp8" else codes
+        sums = functional.linear(rows, levels.to(rows.dtype))
         product = sums * scales[outputs]  # float32, to which bfloat16 sums are promoted
         y[:, outputs] = product if bias is None else product.add_(bias[outputs])
     return y
@@ -54,7 +74,7 @@ def linear_packed(
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """Compute x @ W.T + bias for one scale per group; decoded weights are rounded to x's dtype.
+    """Compute x @ W.T + bias; decoded weights are rounded to x's dtype.
 
     Args:
         x: float[rows, in], contiguous.
@@ -65,6 +85,7 @@ def linear_packed(
         float[rows, out] of x's dtype.
     """
     rows, y = _operand(x), x.new_empty(len(x), out_features)
+    scales = scales if scales.dim() == 3 else scales.view(-1, STRIP)
     for strips, outputs in _blocks(qweight, out_features, x.shape[1] * torch.float32.itemsize):
         weight = decode(
             qweight[strips],

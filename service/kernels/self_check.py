@@ -11,16 +11,18 @@ from torch.nn import functional
 
 from service.kernels import native_attention, native_sampling, reference
 from service.kernels.native import Library, packed_weight
-from service.kernels.native_attention import Attention, Stored
+from service.kernels.native_attention import Attention, Rows, Stored
 from service.kernels.native_sampling import Draw
 from service.numerics.encode import EncodedWeight, encode
 from service.numerics.schemes import QuantScheme, parse_scheme
 
-_SCHEMES: Final = ("w8a16", "w4a16-g64", "nf4")
+_SCHEMES: Final = ("w8a16", "w4a16-g64", "nf4", "q4_1")
 _SIZE: Final = (65, 200)  # outputs and inputs: neither fills its strips and tiles
 _ROWS: Final = (1, 8, 80)  # of each regime
 _BOUND: Final = 4 * 2**-8
 """Of errors relative to the norm of the product: either side rounds weights and results to bfloat16 at most."""
+_LENGTHS, _COUNTS = (32, 61, 85, 100), (1, 1, 7, 50)
+"""Tokens of sequences, and how many of them attend: more than kernels take at once, and less than a multiple of it."""
 _NUM_LOGPROBS: Final = 20
 _LOGPROBS_BOUND: Final = 2**-16
 """Of errors of log-probabilities, in nats: logits up to 16 and the sums of exponentials are rounded to float32."""
@@ -61,28 +63,31 @@ def agrees(multiply: Multiply) -> bool:
 
 
 def _attends(library: Library) -> bool:
+    """Whether single tokens, a few and many of a sequence attend rightly, in one call."""
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randint(-127, 128, (4, 16, 2, 40), generator=generator) for _ in range(2))
-    queries = torch.randn(2, 6, 40, generator=generator).bfloat16().float()
-    tables, lengths = torch.tensor([[2, 0], [1, 3]]), torch.tensor([32, 21])
-    scales = torch.full((4, 16, 2, 1), 2**-6, dtype=torch.bfloat16)
+    keys, values = (torch.randint(-127, 128, (28, 16, 2, 40), generator=generator) for _ in range(2))
+    queries = torch.randn(sum(_COUNTS), 6, 40, generator=generator).bfloat16().float()
+    tables = torch.randperm(28, generator=generator).view(len(_COUNTS), -1)
     how = Attention(scaling=40**-0.5)
-    rows = []
-    for query, table, length in zip(queries, tables, lengths.tolist(), strict=True):
+    expected = []
+    for own, table, length in zip(torch.split(queries, list(_COUNTS)), tables, _LENGTHS, strict=True):
         seen = (2**-6 * x[table].flatten(0, 1)[:length].repeat_interleave(3, 1).transpose(0, 1) for x in (keys, values))
         own_keys, own_values = seen
-        attended = functional.scaled_dot_product_attention(query[:, None], own_keys, own_values, scale=how.scaling)
-        rows.append(attended[:, 0])
-    expected = torch.stack(rows)
+        is_seen = torch.ones(len(own), length, dtype=torch.bool).tril(length - len(own))
+        own = own.transpose(0, 1)
+        attended = functional.scaled_dot_product_attention(own, own_keys, own_values, is_seen, scale=how.scaling)
+        expected.append(attended.transpose(0, 1))
+    starts = torch.arange(len(_COUNTS) + 1) * tables.shape[1]
+    rows = Rows(tables.flatten(), starts, torch.tensor(_LENGTHS), torch.tensor(_COUNTS))
+    scales = torch.full((28, 16, 2, 1), 2**-6, dtype=torch.bfloat16)
     for dtype, is_int8 in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         stored_keys, stored_values = (
             Stored(x.to(torch.int8), scales) if is_int8 else Stored((2**-6 * x).to(dtype)) for x in (keys, values)
         )
-        found = native_attention.attend(
-            library, queries.to(dtype), stored_keys, stored_values, tables=tables, lengths=lengths, how=how
-        )
-        if not (found.float() - expected).norm() / expected.norm() <= _BOUND:
-            return False
+        found = native_attention.attend(library, queries.to(dtype), stored_keys, stored_values, rows, how=how).float()
+        for part, right in zip(torch.split(found, list(_COUNTS)), expected, strict=True):
+            if not (part - right).norm() / right.norm() <= _BOUND:
+                return False
     return True
 
 
@@ -107,7 +112,4 @@ def _finds_likeliest(library: Library) -> bool:
 
 
 def _by_torch(x: Tensor, encoded: EncodedWeight, scheme: QuantScheme) -> Tensor:
-    qweight, scales, zero_points = encoded[:3]
-    if scheme.group_size:
-        return reference.linear_packed(x, qweight, scales, zero_points, scheme=scheme, out_features=_SIZE[0], bias=None)
-    return reference.linear_w8a16(x, qweight, scales, None, out_features=_SIZE[0])
+    return reference.linear(x, *encoded[:3], scheme=scheme, out_features=_SIZE[0], bias=None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from service.kernels import dispatch
-from service.numerics.encode import EncodedWeight, TensorSpec, decode, storage_shapes
+from service.numerics.encode import EncodedWeight, decode
+from service.numerics.packing import STRIP, num_strips
 from service.numerics.schemes import QuantScheme
+from service.numerics.storage import Buffers, TensorSpec, storage_shapes
 
 
 class QuantizedModule(nn.Module):
@@ -39,6 +42,21 @@ class QuantizedModule(nn.Module):
     def fill(self, encoded: EncodedWeight) -> None:
         """Take over the buffers of an encoded weight."""
         self.qweight, self.scales, self.zero_points = encoded.qweight, encoded.scales, encoded.zero_points
+
+    def row_buffers(self, first: int, num_rows: int) -> Buffers:
+        """Where a run of rows is encoded to; memory for all rows is taken with the first run, on the CPU.
+
+        Args:
+            first: a multiple of `STRIP`.
+        """
+        return self._allocated().strips(first // STRIP, num_strips(first + num_rows))
+
+    def _allocated(self) -> Buffers:
+        for name in Buffers._fields:
+            buffer = getattr(self, name)
+            if buffer is not None and buffer.is_meta:
+                setattr(self, name, torch.empty_like(buffer, device="cpu"))
+        return Buffers(self.qweight, self.scales, self.zero_points)
 
     def dequantize(self) -> Tensor:
         """The weights that the module computes with: float32[out, in]."""

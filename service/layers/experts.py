@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from service.kernels import dispatch
 from service.layers.buffers import QuantizedModule
-from service.numerics.encode import EncodedWeight, decode
+from service.numerics.encode import decode
 from service.numerics.schemes import QuantScheme
+from service.numerics.storage import Buffers
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -39,16 +40,10 @@ class QuantizedExperts(QuantizedModule):
         self.in_features = in_features
         self.out_features = out_features
 
-    def fill_expert(self, expert: int, encoded: EncodedWeight) -> None:
-        """Copy the buffers of one encoded expert to their place, which is allocated with the first."""
-        for name in ("qweight", "scales", "zero_points"):
-            stack, buffer = getattr(self, name), getattr(encoded, name)
-            if buffer is None:
-                continue
-            if stack.is_meta:
-                stack = torch.empty_like(stack, device=buffer.device)
-                setattr(self, name, stack)
-            stack[expert] = buffer
+    def expert_buffers(self, index: int) -> Buffers:
+        """Where an expert is encoded to; memory for all is taken with the first, on the CPU."""
+        qweight, scales, zero_points = self._allocated()
+        return Buffers(qweight[index], scales[index], None if zero_points is None else zero_points[index])
 
     def dequantize(self) -> Tensor:
         """The weights that the module computes with: float32[experts, out, in]."""

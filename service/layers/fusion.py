@@ -173,6 +173,9 @@ def _join(layers: list[QuantizedLinear], name: str) -> Tensor | None:
     parts = [part for layer in layers if (part := getattr(layer, name)) is not None]
     if not parts:
         return None
+    whole = _as_they_lie(parts)
+    if whole is not None:
+        return whole
     whole = torch.cat(parts)
     for layer, view in zip(layers, torch.split(whole, [len(part) for part in parts]), strict=True):
         if name == "bias":
@@ -180,6 +183,18 @@ def _join(layers: list[QuantizedLinear], name: str) -> Tensor | None:
         else:
             setattr(layer, name, view)
     return whole
+
+
+def _as_they_lie(parts: list[Tensor]) -> Tensor | None:
+    """The parts as one tensor without a copy, if they lie one behind the other: they were fused and stored so."""
+    first = parts[0].detach()
+    end = first.storage_offset()
+    for part in parts:
+        is_next = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not is_next or part.storage_offset() != end or not part.is_contiguous() or part.dtype != first.dtype:
+            return None
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def _version(x: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,7 +13,7 @@ from service.errors import RecipeError
 from service.layers.embedding import QuantizedEmbedding, TiedHead
 from service.layers.experts import QuantizedExperts, experts_obstacle
 from service.layers.linear import QuantizedLinear, UnquantizedLinear, quantized_linear
-from service.numerics.recipe import Recipe
+from service.numerics.recipe import Recipe, num_layers, resolve
 from service.numerics.schemes import NONE, QuantScheme
 
 QuantizedLayer = QuantizedLinear | QuantizedEmbedding | QuantizedExperts
@@ -37,8 +37,9 @@ class Slot:
     Attributes:
         name: full name of the module, or of the parameter that holds the weights of all experts of a layer.
         shape: (out_features, in_features); of experts one below the other.
-        scheme: what the recipe assigns.
-        reason: why it is not quantized although the recipe's default quantizes, or whose storage it shares.
+        scheme: what the recipe assigns; of a mixed scheme, and for sizes that it does not take, what it means here.
+        reason: why it is not quantized although the recipe's default quantizes, whose storage it shares, or why the
+            scheme is not the recipe's.
         obstacle: why there is no quantized layer for it, else "".
         is_transposed: the checkpoint stores [in_features, out_features] (Conv1D, some experts).
         shares: the module whose storage a tied head uses, else "".
@@ -102,7 +103,15 @@ def assign_schemes(
             f"pattern {unmatched[0]!r} matches no layer of this model; patterns match full module names, "
             f"such as {examples}"
         )
-    return slots
+    counts = num_layers(slot.name for slot in slots)
+    return [_resolved(slot, counts) for slot in slots]
+
+
+def _resolved(slot: Slot, counts: dict[str, int]) -> Slot:
+    if slot.scheme.is_none:
+        return slot
+    scheme, reason = resolve(slot.scheme, slot.name, counts, in_features=slot.shape[1])
+    return replace(slot, scheme=scheme, reason=slot.reason if slot.shares else reason)
 
 
 def _slots(

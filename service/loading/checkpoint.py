@@ -1,9 +1,7 @@
 """Checkpoints as a lazy state dict: nothing is read until a tensor is asked for.
 
 `Checkpoint` gives transformers' loader a plain dict of names to `TensorRef`. The loader asks a ref for
-its dtype and shape and then indexes it once; only that reads, by positional reads into fresh anonymous
-memory. Files are never mapped: a mapped shard stays resident for as long as any tensor aliases it, and
-then the peak of a load is the size of the checkpoint.
+its dtype and shape, indexes it and casts it once; only that reads.
 
 Format of safetensors: 8 bytes little-endian header length, a JSON header of name -> {dtype, shape, data_offsets}, data.
 Source: https://github.com/huggingface/safetensors#format. Of `.bin` files: see `pickles`.
@@ -14,158 +12,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType, TracebackType
-from typing import Any, Protocol, Self
-
-import torch
-from torch import Tensor
+from types import TracebackType
+from typing import Any, Self
 
 from service.errors import CheckpointError
 from service.loading.pickles import read_pickle
 from service.loading.shards import PICKLE_SUFFIX, shard_paths
+from service.loading.tensors import DTYPES, ReadMeter, TensorRef
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Those of safetensors that torch has, by the names that they have there."""
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
-_READ_BYTES = 16 * 2**20  # one system call; progress advances at this grain
-
-
-class TensorHeader(Protocol):
-    """What a header says of a tensor."""
-
-    @property
-    def name(self) -> str:
-        """In the checkpoint."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-
-
-@dataclass(slots=True)
-class ReadMeter:
-    """Bytes and seconds spent reading tensor data; `on_bytes` is called after each read."""
-
-    on_bytes: Callable[[int], None]
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-    def add(self, num_bytes: int, seconds: float) -> None:
-        """Count one read."""
-        self.num_bytes += num_bytes
-        self.seconds += seconds
-        self.on_bytes(num_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """One tensor of a shard, unread. It has the members that transformers' loader asks for.
-
-    Attributes:
-        path, fd: the shard, open for reading.
-        begin, end: byte range of the tensor in the file, half open.
-        tag: safetensors dtype, such as "BF16".
-        shape: sizes.
-        strides: of the elements in the byte range; () if they lie in order.
-    """
-
-    name: str
-    path: Path
-    fd: int
-    begin: int
-    end: int
-    tag: str
-    shape: tuple[int, ...]
-    meter: ReadMeter
-    strides: tuple[int, ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype."""
-        return DTYPES[self.tag]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in the file."""
-        return self.end - self.begin
-
-    def get_dtype(self) -> str:
-        """The safetensors dtype tag."""
-        return self.tag
-
-    def get_shape(self) -> list[int]:
-        """Sizes as a list."""
-        return list(self.shape)
-
-    def is_floating_point(self) -> bool:
-        """Whether the values are floating point."""
-        return self.dtype.is_floating_point
-
-    def read(self) -> Tensor:
-        """The tensor in fresh memory, dtype and shape as in the file.
-
-        Raises:
-            CheckpointError: the file ends early or cannot be read.
-        """
-        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy().data)
-        done = 0
-        while done < self.num_bytes:
-            started = time.monotonic()
-            try:
-                count = os.preadv(self.fd, [view[done : done + _READ_BYTES]], self.begin + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path.name}: tensor {self.name!r} cannot be read: {error}") from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path.name} ends at byte {self.begin + done}, tensor {self.name!r} needs bytes up to "
-                    f"{self.end}; download the file again"
-                )
-            done += count
-            self.meter.add(count, time.monotonic() - started)
-        elements = buffer.view(self.dtype)
-        return elements.as_strided(self.shape, self.strides).contiguous() if self.strides else elements.view(self.shape)
-
-    def same_bytes(self, other: TensorRef) -> bool:
-        """Whether another tensor has the same dtype, shape, order and contents, compared piece by piece."""
-        if (self.tag, self.shape, self.strides) != (other.tag, other.shape, other.strides):
-            return False
-        pieces = range(0, self.num_bytes, _READ_BYTES)
-        return all(self._piece(start) == other._piece(start) for start in pieces)
-
-    def _piece(self, start: int) -> bytes:
-        return os.pread(self.fd, min(_READ_BYTES, self.num_bytes - start), self.begin + start)
-
-    def __getitem__(self, selection: EllipsisType | slice | tuple[slice, ...]) -> Tensor:
-        """Read the tensor and apply a selection; the loader passes an ellipsis."""
-        tensor = self.read()
-        return tensor if selection is Ellipsis else tensor[selection]
 
 
 class Checkpoint:

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from service.errors import CheckpointError, ModelError, ModelNotFound, PennyweightError, SettingError, UnsupportedModel
+from service.loading.artifact import is_artifact, own_config
 from service.loading.source import ModelSource
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -83,7 +84,7 @@ def read_model(source: ModelSource, *, trust_remote_code: bool) -> ServedModel:
             f"{source.name}: transformers has no model of this type ({fields.get('model_type')}); give a model that "
             "it has, or one that brings its own code"
         )
-    config = _read_config(source, with_code=needs_code)
+    config = _read_config(source, fields, with_code=needs_code)
     text_config: PreTrainedConfig = config.get_text_config()
     for part in (config, text_config):
         _refuse_quantized(part, source.name)
@@ -104,6 +105,8 @@ def read_model(source: ModelSource, *, trust_remote_code: bool) -> ServedModel:
 
 
 def _read_json(source: ModelSource) -> dict[str, Any]:
+    if is_artifact(source.folder):
+        return own_config(source.folder)
     path = source.folder / "config.json"
     if not path.is_file():
         raise ModelNotFound(f"{source.name} has no config.json; give the directory of a Hugging Face model")
@@ -138,9 +141,13 @@ def _causal_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]
     return chosen
 
 
-def _read_config(source: ModelSource, *, with_code: bool) -> PreTrainedConfig:
+def _read_config(source: ModelSource, fields: dict[str, Any], *, with_code: bool) -> PreTrainedConfig:
+    config: PreTrainedConfig
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=with_code)
+        if is_artifact(source.folder):
+            config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        else:
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=with_code)
         config.get_text_config()  # some configs have several text parts
     except Exception as error:  # config classes check values each in its own way, and own code may do anything
         raise _unfit(source, "config", error) from error

@@ -1,7 +1,7 @@
 """What a model will hold once a recipe has been applied to it, found on the meta device: no weight is read.
 
 Private names of transformers that are used here, each covered by a test: `get_init_context`, `_get_dtype_plan`,
-`all_tied_weights_keys`.
+`all_tied_weights_keys`, `get_model_conversion_mapping`, `rename_source_key`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ContextManagers
 
@@ -21,8 +23,8 @@ from service.layers.replace import Slot, assign_schemes, share, tied_linears
 from service.loading.config import ServedModel, class_errors
 from service.loading.quantizer import find_vocabulary, original_size
 from service.loading.report import WeightBytes
-from service.numerics.encode import storage_shapes
 from service.numerics.recipe import Recipe
+from service.numerics.storage import storage_shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,28 @@ class Skeleton:
             )
             for module, slots in stacks.items()
         ]
+
+    def reads_in_pieces(self, names: Iterable[str], recipe: Recipe) -> set[str]:
+        """Which tensors of a checkpoint, of those with these names, a load reads by runs of rows.
+
+        They are those that become one weight each, as they are. A quantized one that is stored the other way round, or
+        whose scheme looks at all of it, is read at once.
+        """
+        conversions = get_model_conversion_mapping(self._model)
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        own_names = self._model.state_dict()
+        whole = {
+            slot.parameter
+            for slot in self._slots(recipe)
+            if slot.is_to_be_quantized and not slot.num_experts and (slot.is_transposed or not slot.scheme.is_row_local)
+        }
+        found = set()
+        for name in names:
+            own_name, source = rename_source_key(name, renamings, converters, self._model.base_model_prefix, own_names)
+            if source is None and own_name in own_names and own_name not in whole:
+                found.add(name)
+        return found
 
     def _slots(self, recipe: Recipe) -> list[Slot]:
         return assign_schemes(self._model, recipe, self._vocabulary, transposed_types=(Conv1D,))

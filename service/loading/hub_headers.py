@@ -12,9 +12,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
 
 from service.errors import CheckpointError, ModelNotFound
-from service.loading.checkpoint import DTYPES
 from service.loading.shards import INDEX_NAME, SINGLE_NAME, index_shards
 from service.loading.source import ModelSource, hub_errors
+from service.loading.tensors import DTYPES
 
 _NUM_CONNECTIONS = 8
 
@@ -26,6 +26,7 @@ class HubTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     num_bytes: int
+    strides: tuple[int, ...] = ()
 
 
 def read_hub_headers(source: ModelSource, cache_dir: Path | None) -> dict[str, HubTensor] | None:

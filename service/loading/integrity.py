@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import CheckpointError, ModelError, UnsupportedModel
-from service.loading.quantizer import LoadRecord
-from service.loading.report import WeightBytes
+from service.layers.replace import Slot
+from service.loading.record import LoadRecord
+from service.loading.report import HonestyReport, WeightBytes
 
 MIN_COVERAGE = 0.9  # share of the weights with an assigned scheme that must carry it
 _CHUNK = 1 << 22  # elements looked at together, so that the check needs no memory to speak of
@@ -40,7 +41,7 @@ def check_names(info: Mapping[str, Any], record: LoadRecord, shared_heads: Itera
             f"the checkpoint lacks {_listed(missing)}; config and weights belong to different models, or "
             "a shard is incomplete"
         )
-    unfilled = record.layers.keys() - record.encoded.keys()
+    unfilled = record.layers.keys() - record.encoded.keys() - record.unread.keys()
     if unfilled:
         raise CheckpointError(
             f"the checkpoint holds no weight of its own for {_listed(unfilled)}, which the model shares in a way that "
@@ -78,7 +79,7 @@ def check_coverage(record: LoadRecord) -> None:
         UnsupportedModel: too few weights are in layers that this version quantizes.
         ModelError: a layer's codes are all zero although its weight is not.
     """
-    assigned = [slot for slot in record.slots if not slot.scheme.is_none and not slot.shares]
+    assigned = _assigned(record)
     total = sum(slot.shape[0] * slot.shape[1] for slot in assigned)
     carried = sum(slot.shape[0] * slot.shape[1] for slot in assigned if slot.name in record.encoded)
     if carried < MIN_COVERAGE * total:
@@ -103,6 +104,22 @@ def check_plan(held: WeightBytes, planned: WeightBytes) -> None:
             f"the loaded model holds {held.total} bytes ({held}), {planned.total} were planned ({planned}); this "
             "version counts this kind of model wrongly: please report it"
         )
+
+
+def findings(model: nn.Module, record: LoadRecord, planned: WeightBytes) -> HonestyReport:
+    """What the checks above looked at, of a model that has passed them."""
+    assigned = _assigned(record)
+    return HonestyReport(
+        num_tensors=sum(1 for _ in model.parameters()) + sum(1 for _ in model.buffers()),
+        num_assigned=len(assigned),
+        num_quantized=sum(slot.name in record.encoded for slot in assigned),
+        planned_bytes=planned.total,
+    )
+
+
+def _assigned(record: LoadRecord) -> list[Slot]:
+    """Weights that the recipe quantizes, those that share another's storage left out."""
+    return [slot for slot in record.slots if not slot.scheme.is_none and not slot.shares]
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -4,9 +4,9 @@ While it loads, a process holds at most
 
     what it holds before + the model as the recipe leaves it + a working set + 100 MB
 
-where the working set is the largest tensor of the checkpoint as it lies in the file, and 64 MB. Where the
-checkpoint has each expert of a layer by itself, they are merged before they are encoded: then it is the experts of
-one layer, and 64 MB.
+where the working set is the largest tensor of the checkpoint as it lies in the file, and 64 MB. One of more than
+256 MB that becomes one weight counts with the runs of rows that it is read by. Where the checkpoint has each expert
+of a layer by itself, they may be merged: then it is the experts of one layer, and 64 MB.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 
 from service.errors import DoesNotFit
 from service.loading import memory
-from service.loading.checkpoint import TensorHeader
 from service.loading.config import ServedModel
+from service.loading.fidelity_report import NUM_TOKENS
 from service.loading.forecast import ModuleForecast, Skeleton
 from service.loading.kv_shape import KVLayer, kv_layers
 from service.loading.report import WeightBytes
+from service.loading.tensors import PIECE_BYTES, TensorHeader
 from service.numerics.recipe import Recipe, parse_recipe
 
 _MB = 10**6
@@ -31,6 +32,10 @@ MARGIN_BYTES: Final = 100 * _MB
 """Tokenizer, threads, temporaries of encoding and what lies between them on the heap."""
 SCRATCH_BYTES: Final = 64 * _MB
 """Of the working set beside the tensor."""
+COMPARISON_BYTES: Final = 128 * _MB
+"""Of a comparison with the original: blocks of weights and logits; the rest depends on the model."""
+LARGE_TENSOR_BYTES: Final = 256 * _MB
+"""A tensor of more counts with the pieces of it that are in memory, if it is read in pieces."""
 SMALLER_RECIPES: Final = ("w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g128")
 """What is named to who has too little memory, the closest to the original first."""
 
@@ -129,6 +134,7 @@ def plan_load(
     dtype: torch.dtype,
     device: torch.device,
     limits: Limits,
+    compares_first: bool = False,
 ) -> LoadPlan:
     """Plan a load into this process.
 
@@ -137,6 +143,7 @@ def plan_load(
     Args:
         name: what messages call the model.
         refs: all tensors of the checkpoint.
+        compares_first: the model is compared with its original before it is ready.
 
     Raises:
         ModelError: the model's class fails.
@@ -144,15 +151,10 @@ def plan_load(
     """
     skeleton = Skeleton(served, dtype)
     modules = tuple(skeleton.modules(recipe))
-    base_bytes = memory.resident_bytes()
-    budget = _Budget(
-        base_bytes=base_bytes,
-        kv_bytes=limits.kv_memory_bytes or 0,
-        available_bytes=limits.memory_bytes or memory.available_bytes() + base_bytes,
-        is_limited=limits.memory_bytes is not None,
-        device_available_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-    )
-    weights, working_set = _total(modules), _working_set(skeleton, refs, recipe, dtype)
+    comparison = _comparison_set(skeleton, served, recipe) if compares_first else WorkingSet(bytes=0, source="nothing")
+    budget = _find_budget(limits, device, comparison)
+    weights = _total(modules)
+    working_set = max(_working_set(skeleton, refs, recipe, dtype), comparison, key=lambda each: each.bytes)
     shortage = budget.shortage(weights.total, working_set)
     refusal = ""
     if shortage is not None:
@@ -167,7 +169,7 @@ def plan_load(
         original_bytes=skeleton.original_bytes,
         num_parameters=skeleton.num_parameters,
         weight_bytes=weights,
-        base_bytes=base_bytes,
+        base_bytes=budget.base_bytes,
         working_set=working_set,
         available_bytes=budget.available_bytes,
         is_limited=budget.is_limited,
@@ -198,11 +200,12 @@ class _Budget:
     available_bytes: int
     is_limited: bool
     device_available_bytes: int | None
+    comparison_bytes: int
 
     def needed_bytes(self, weight_bytes: int, working_set: WorkingSet) -> int:
         """Of the host, while it loads or when keys and values have come in the place of the working set."""
         kv_bytes = 0 if self.device_available_bytes is not None else self.kv_bytes
-        return self.base_bytes + weight_bytes + MARGIN_BYTES + max(working_set.bytes, kv_bytes)
+        return self.base_bytes + weight_bytes + MARGIN_BYTES + max(working_set.bytes, kv_bytes, self.comparison_bytes)
 
     def device_needed_bytes(self, weight_bytes: int) -> int:
         """Of the device, with keys and values."""
@@ -219,6 +222,18 @@ class _Budget:
             text = f"needs {needed} bytes of the device, {self.device_available_bytes} are free there"
             return _Shortage(needed, text, of_device=True)
         return None
+
+
+def _find_budget(limits: Limits, device: torch.device, comparison: WorkingSet) -> _Budget:
+    base_bytes = memory.resident_bytes()
+    return _Budget(
+        base_bytes=base_bytes,
+        kv_bytes=limits.kv_memory_bytes or 0,
+        available_bytes=limits.memory_bytes or memory.available_bytes() + base_bytes,
+        is_limited=limits.memory_bytes is not None,
+        device_available_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        comparison_bytes=comparison.bytes,
+    )
 
 
 def _remedy(
@@ -246,8 +261,16 @@ def _remedy(
 def _working_set(
     skeleton: Skeleton, refs: Mapping[str, TensorHeader], recipe: Recipe, dtype: torch.dtype
 ) -> WorkingSet:
-    num_bytes, name = max(((ref.num_bytes, ref.name) for ref in refs.values()), default=(0, "that is not there"))
-    best = WorkingSet(bytes=num_bytes + SCRATCH_BYTES, source=f"the tensor {name}")
+    large = [name for name, ref in refs.items() if ref.num_bytes > LARGE_TENSOR_BYTES and not ref.strides]
+    in_pieces = skeleton.reads_in_pieces(large, recipe) if large else set()
+    best = WorkingSet(bytes=SCRATCH_BYTES, source="no tensor")
+    for name, ref in refs.items():
+        if name in in_pieces:
+            num_bytes, source = 2 * PIECE_BYTES, f"two runs of rows of {ref.name}"
+        else:  # elements that do not lie in order are put in order in another place
+            num_bytes, source = ref.num_bytes * (2 if ref.strides else 1), f"the tensor {ref.name}"
+        if num_bytes + SCRATCH_BYTES > best.bytes:
+            best = WorkingSet(bytes=num_bytes + SCRATCH_BYTES, source=source)
     in_file = max((ref.dtype.itemsize for ref in refs.values()), default=0)
     stacked_shapes = {ref.shape for ref in refs.values() if len(ref.shape) == 3}
     for experts in skeleton.experts(recipe):
@@ -258,6 +281,18 @@ def _working_set(
         if num_bytes > best.bytes:
             best = WorkingSet(bytes=num_bytes, source=f"the experts of {experts.module}")
     return best
+
+
+def _comparison_set(skeleton: Skeleton, served: ServedModel, recipe: Recipe) -> WorkingSet:
+    """What a comparison with the original holds: see `fidelity`."""
+    config = served.config.get_text_config()
+    hidden_size = getattr(config, "hidden_size", 0)
+    states = NUM_TOKENS * hidden_size * getattr(config, "num_hidden_layers", 0)
+    activations = 4 * NUM_TOKENS * max(4 * hidden_size, getattr(config, "intermediate_size", None) or 0)
+    # Merged in float32, with the experts that they are made of.
+    experts = 2 * max((experts.num_weights for experts in skeleton.experts(recipe)), default=0)
+    num_bytes = torch.float32.itemsize * (states + activations + experts) + COMPARISON_BYTES
+    return WorkingSet(bytes=num_bytes, source="the comparison with the original")
 
 
 def _total(modules: tuple[ModuleForecast, ...] | list[ModuleForecast]) -> WeightBytes:

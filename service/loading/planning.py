@@ -11,15 +11,19 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from service.errors import UnsupportedModel
+from service.errors import ModelNotFound, SettingError, UnsupportedModel
 from service.kernels.dispatch import select_isa
-from service.loading.checkpoint import Checkpoint, TensorHeader
+from service.loading.artifact import is_artifact, read_manifest
+from service.loading.artifact_cache import CacheOptions
+from service.loading.checkpoint import Checkpoint
 from service.loading.config import ServedModel, pick_device, pick_dtype, read_model
 from service.loading.hub_headers import read_hub_headers
-from service.loading.plan import Limits, LoadPlan, plan_load
+from service.loading.plan import Limits, LoadPlan, WorkingSet, plan_load
 from service.loading.progress import LoadProgress, Phase
+from service.loading.record import Watch
 from service.loading.shards import has_weights
 from service.loading.source import LOCAL, ModelSource, resolve_source
+from service.loading.tensors import TensorHeader
 from service.loading.text_part import keep_text_part
 from service.numerics.recipe import Recipe
 
@@ -37,6 +41,9 @@ class LoadOptions:
         trust_remote_code: whether code that the model brings along may run, where transformers has none for it.
         kernel_isa: as `dispatch.select_isa` takes it.
         limits: more is refused before weights are read.
+        compares_first: the model is to be compared with its original before it is ready.
+        watch: sees each piece of a weight once it is encoded.
+        artifacts: where quantized models are kept for the next start; None: nowhere.
     """
 
     model: str
@@ -49,6 +56,9 @@ class LoadOptions:
     trust_remote_code: bool = False
     kernel_isa: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    compares_first: bool = False
+    watch: Watch | None = None
+    artifacts: CacheOptions | None = None
 
 
 def plan_model(options: LoadOptions, progress: LoadProgress) -> LoadPlan:
@@ -59,6 +69,7 @@ def plan_model(options: LoadOptions, progress: LoadProgress) -> LoadPlan:
         SettingError, RecipeError: a setting does not fit the model or the machine.
     """
     prepare_process(options)
+    options = as_quantized(options)
     plan = None if _is_local(options) else _plan_on_hub(options, progress)
     if plan is not None:
         return plan
@@ -68,7 +79,7 @@ def plan_model(options: LoadOptions, progress: LoadProgress) -> LoadPlan:
             f"{source.name} has no safetensors files, and other files say what they hold only when they are there; "
             "serve it or download it first, or give a model with safetensors files"
         )
-    with open_checkpoint(source, served, progress) as checkpoint:
+    with open_weights(source, served, progress) as checkpoint:
         return plan_found(options, source, served, checkpoint.refs)
 
 
@@ -77,6 +88,26 @@ def prepare_process(options: LoadOptions) -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     select_isa(options.kernel_isa)
+
+
+def as_quantized(options: LoadOptions) -> LoadOptions:
+    """The options, with those that an artifact decides where the model is one.
+
+    Raises:
+        SettingError: others were asked for.
+        ArtifactError: it is damaged.
+    """
+    folder = Path(options.model).expanduser()
+    if not is_artifact(folder):
+        return options
+    manifest = read_manifest(folder)
+    for flag, asked, made in (
+        ("--quantize", options.recipe.text, manifest.recipe),
+        ("--dtype", options.dtype, manifest.dtype),
+    ):
+        if asked not in (made, "auto"):
+            raise SettingError(f"{flag} {asked}: {options.model} was quantized with {made}; leave {flag} out")
+    return replace(options, dtype=manifest.dtype)
 
 
 def find_model(options: LoadOptions, progress: LoadProgress) -> tuple[ModelSource, ServedModel]:
@@ -93,13 +124,25 @@ def find_model(options: LoadOptions, progress: LoadProgress) -> tuple[ModelSourc
 
 
 def open_checkpoint(source: ModelSource, served: ServedModel, progress: LoadProgress) -> Checkpoint:
-    """The checkpoint, of which nothing but headers has been read, with the tensors that will be.
+    """The weights of a model at full precision, of which nothing but headers has been read.
+
+    Raises:
+        ModelNotFound: it is an artifact, which has none.
+        CheckpointError, UnsupportedModel: see `service.errors`.
+    """
+    if is_artifact(source.folder):
+        raise ModelNotFound(f"{source.name} is quantized, and the weights that it was made from are not there")
+    return open_weights(source, served, progress)
+
+
+def open_weights(source: ModelSource, served: ServedModel, progress: LoadProgress) -> Checkpoint:
+    """The checkpoint, of which nothing but headers has been read, with the tensors that will be; none of an artifact.
 
     Raises:
         ModelNotFound, CheckpointError, UnsupportedModel: see `service.errors`.
     """
     checkpoint = Checkpoint(source.folder, progress.advance)
-    if served.is_text_part:
+    if served.is_text_part and not is_artifact(source.folder):
         try:
             keep_text_part(checkpoint.refs, source.name)
         except UnsupportedModel:
@@ -113,7 +156,7 @@ def plan_found(
 ) -> LoadPlan:
     """Plan the load of a model that has been found; see `plan_load`."""
     device = pick_device(options.device)
-    return plan_load(
+    plan = plan_load(
         source.name,
         served,
         refs,
@@ -121,7 +164,19 @@ def plan_found(
         dtype=pick_dtype(options.dtype, device, served.dtype),
         device=device,
         limits=options.limits,
+        compares_first=options.compares_first,
     )
+    return _plan_of_artifact(plan) if is_artifact(source.folder) else plan
+
+
+def _plan_of_artifact(plan: LoadPlan) -> LoadPlan:
+    """A plan without weights to read, for what is quantized already."""
+    refusal = plan.refusal and (
+        f"{plan.model} needs {plan.needed_bytes} bytes, this process can have {plan.available_bytes}; give more "
+        "memory, or quantize the model with fewer bits"
+    )
+    working_set = WorkingSet(bytes=plan.working_set.bytes, source="the blocks of the artifact")
+    return replace(plan, working_set=working_set, refusal=refusal)
 
 
 def _plan_on_hub(options: LoadOptions, progress: LoadProgress) -> LoadPlan | None:

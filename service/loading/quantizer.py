@@ -1,13 +1,14 @@
-"""The one adapter to transformers' quantizer hooks: weights are quantized while the loader streams them.
+"""The one adapter to transformers' quantizer hooks: the loader finds out which weight goes where.
 
 transformers builds the model on the meta device, asks the quantizer to swap modules, and then converts one
 checkpoint tensor at a time; with a quantizer that quantizes on the fly its prefetch threads are off, so at
 most one tensor (or one group that is merged) is in full precision at any moment.
 
 Per quantized layer a placeholder parameter `weight` stands on meta, so that the loader finds the name of the
-checkpoint. The conversion hook fills the buffers `qweight`, `scales` and `zero_points` in its stead; it goes
-when all are filled. Stacked experts are a parameter of their own, which is its own placeholder: the loader merges
-the experts of one layer, the hook encodes them one by one, and their layer takes the parameter's place at the end.
+checkpoint. The conversion hook writes down where the weight lies, unread, for `filling` to fill the buffers `qweight`,
+`scales` and `zero_points` with it later. What transformers converts before, such as a weight that it splits, is read
+for that and encoded at once. Stacked experts are a parameter of their own, which is its own placeholder, and their
+layer takes its place at the end.
 
 Private names of transformers that are used here, each covered by a test: `HfQuantizer`, `ConversionOps`,
 `all_tied_weights_keys`, `_get_dtype_plan`, `_is_hf_initialized`, `ExpertsInterface`.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -31,11 +31,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from service.errors import CheckpointError, PennyweightError
-from service.kernels.dispatch import encode
 from service.layers.experts import QuantizedExperts, forward_experts
 from service.layers.replace import (
-    QuantizedLayer,
-    Slot,
     Vocabulary,
     assign_schemes,
     attach_experts,
@@ -44,51 +41,12 @@ from service.layers.replace import (
     swap,
     tied_linears,
 )
-from service.numerics.encode import EncodedWeight
+from service.loading.filling import fill, require_shape
+from service.loading.record import BUFFERS, LoadRecord, UnreadExperts
+from service.loading.tensors import TensorRef
 from service.numerics.recipe import Recipe
 
 METHOD = "pennyweight"
-_BUFFERS = ("qweight", "scales", "zero_points")
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedLayer:
-    """Error of one quantized weight: sums of squares of the weight and of its error."""
-
-    signal: float
-    noise: float
-
-
-@dataclass(slots=True)
-class LoadRecord:
-    """What the hooks saw during one load.
-
-    Attributes:
-        slots: every weight that the recipe decides about.
-        layers: the quantized layers to fill, by name.
-        names: the same names by that of the weight they stand for.
-        shared: other names of such layers, and their own ones.
-        encoded: errors of the layers filled so far.
-        original_bytes, num_parameters: of the unquantized model at the serving dtype, tied tensors once.
-        quantize_s, pack_s: wall seconds.
-        failure: the first error in a conversion; transformers itself reports only its text.
-    """
-
-    slots: list[Slot] = field(default_factory=list)
-    layers: dict[str, tuple[Slot, QuantizedLayer]] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    shared: dict[str, str] = field(default_factory=dict)
-    encoded: dict[str, EncodedLayer] = field(default_factory=dict)
-    original_bytes: int = 0
-    num_parameters: int = 0
-    quantize_s: float = 0.0
-    pack_s: float = 0.0
-    failure: PennyweightError | None = None
-
-    @property
-    def buffer_names(self) -> set[str]:
-        """Full names of the buffers of the quantized layers; a symmetric one has fewer."""
-        return {f"{name}.{leaf}" for name in (*self.layers, *self.shared) for leaf in _BUFFERS}
 
 
 @register_quantization_config(METHOD)
@@ -157,20 +115,16 @@ class LoadQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """The conversion that the loader runs on each such weight."""
-        return EncodeWeights(self.record)
+        return TakeWeights(self.record)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Have experts merged with one copy in memory instead of two; all else stays as transformers has it."""
-        return [
-            conversion.copy(
-                conversion._original_source_patterns,
-                conversion._original_target_patterns,
-                operations=[StackExperts(self.record)],
-            )
-            if _stacks_experts(conversion)
-            else conversion
-            for conversion in weight_conversions
-        ]
+        """Have experts merged with one copy in memory instead of two, and weights read before other conversions."""
+        for conversion in weight_conversions:
+            if _stacks_experts(conversion):
+                conversion.operations = [StackExperts(self.record)]
+            elif isinstance(conversion, WeightConverter):
+                conversion.operations = [ReadTensors(), *conversion.operations]
+        return weight_conversions
 
     def is_serializable(self) -> bool:
         """False: plain transformers would read the codes as weights; artifacts have a format of their own."""
@@ -182,8 +136,8 @@ class LoadQuantizer(HfQuantizer):
         return False
 
 
-class EncodeWeights(ConversionOps):
-    """Quantizes and packs each weight of a quantized layer into its buffers; passes other tensors through."""
+class TakeWeights(ConversionOps):
+    """Keeps the weights of quantized layers for `filling`, or fills their buffers; passes other tensors through."""
 
     def __init__(self, record: LoadRecord) -> None:
         self.record = record
@@ -195,53 +149,43 @@ class EncodeWeights(ConversionOps):
         """The tensors that the loader is to install: those of no quantized layer."""
         others: dict[str, Tensor] = {}
         for name, value in input_dict.items():
-            tensor = value[0] if isinstance(value, list) else value
+            weight = value[0] if isinstance(value, list) else value
             layer_name = self.record.names.get(name)
             if layer_name is None:
-                others[name] = tensor
+                others[name] = weight
                 continue
             try:
-                self._fill(layer_name, tensor)
+                self._take(layer_name, weight)
             except PennyweightError as error:
                 self.record.failure = self.record.failure or error
                 raise
             names = [layer_name, *(other for other, own in self.record.shared.items() if own == layer_name)]
-            missing_keys -= {name, *(f"{each}.{leaf}" for each in names for leaf in _BUFFERS)}
+            missing_keys -= {name, *(f"{each}.{leaf}" for each in names for leaf in BUFFERS)}
         return others
 
-    def _fill(self, layer_name: str, weight: Tensor) -> None:
-        slot, layer = self.record.layers[layer_name]
-        if tuple(weight.shape) != slot.stored_shape:
-            raise CheckpointError(
-                f"{slot.parameter} has shape {list(weight.shape)} in the checkpoint, the config asks for "
-                f"{list(slot.stored_shape)}; config and weights belong to different models"
-            )
-        if isinstance(layer, QuantizedExperts):
-            for index, expert in enumerate(weight):
-                encoded = self._encode(slot, expert)
-                with _one_thread():
-                    layer.fill_expert(index, encoded)
+    def _take(self, layer_name: str, weight: Tensor | TensorRef | UnreadExperts) -> None:
+        if isinstance(weight, TensorRef) and weight.strides:
+            weight = weight.read()
+        if isinstance(weight, Tensor):
+            fill(self.record, layer_name, weight)
         else:
-            layer.fill(self._encode(slot, weight))
+            require_shape(self.record.layers[layer_name][0], weight.shape)
+            self.record.unread[layer_name] = weight
 
-    def _encode(self, slot: Slot, weight: Tensor) -> EncodedWeight:
-        """Encode a matrix as it is stored, and add up what that cost."""
-        try:
-            encoded = encode(weight.t() if slot.is_transposed else weight, slot.scheme)
-        except PennyweightError as error:
-            raise type(error)(f"{slot.parameter}: {error}") from error
-        record = self.record
-        record.quantize_s += encoded.quantize_s
-        record.pack_s += encoded.pack_s
-        before = record.encoded.get(slot.name, EncodedLayer(0.0, 0.0))
-        record.encoded[slot.name] = EncodedLayer(before.signal + encoded.signal, before.noise + encoded.noise)
-        return encoded
+
+class ReadTensors(ConversionOps):
+    """Reads what is still unread, for the conversions of transformers that come after it."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The same tensors by the same names, in memory."""
+        return {name: [_in_memory(tensor) for tensor in tensors] for name, tensors in input_dict.items()}
 
 
 class StackExperts(ConversionOps):
     """Merges the matrices of single experts into [experts, out, in], and lets go of each that has been copied.
 
     transformers stacks the experts of each source, then concatenates the stacks: the same tensor, twice in memory.
+    Those that are to be quantized are not merged at all: `filling` encodes each expert by itself.
     """
 
     def __init__(self, record: LoadRecord) -> None:
@@ -255,7 +199,7 @@ class StackExperts(ConversionOps):
         target_patterns: list[str],
         full_layer_name: str,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | UnreadExperts]:
         """The merged tensor under its one target, from a list of tensors per source."""
         sources = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
         shapes = [{tuple(tensor.shape) for tensor in tensors} for tensors in sources]
@@ -266,19 +210,37 @@ class StackExperts(ConversionOps):
                 "the model again"
             )
             raise self.record.failure
-        first = sources[0][0]
-        rows = sum(tensors[0].shape[0] for tensors in sources)
-        merged = first.new_empty(num_experts.pop(), rows, *first.shape[1:])
-        with _one_thread():
-            for index, expert in enumerate(merged):
-                torch.cat([tensors[index] for tensors in sources], out=expert)
-                for tensors in sources:
-                    tensors[index] = None
-        return {target_patterns[0]: merged}
+        if _are_alike([tensor for tensors in sources for tensor in tensors]):
+            return {target_patterns[0]: UnreadExperts(tuple(zip(*sources, strict=True)))}
+        return {target_patterns[0]: _merged(sources)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Stay one: the loader copies a conversion, operations and all, for every tensor of the checkpoint."""
         return self
+
+
+def _are_alike(tensors: list[Tensor | TensorRef]) -> bool:
+    """Whether all are unread matrices of one dtype whose rows lie in order."""
+    return len({tensor.dtype for tensor in tensors}) == 1 and all(
+        isinstance(tensor, TensorRef) and not tensor.strides and len(tensor.shape) == 2 for tensor in tensors
+    )
+
+
+def _merged(sources: list[list[Any]]) -> Tensor:
+    """[experts, out, in] of the matrices of single experts, a list per source; the lists are emptied on the way."""
+    first = sources[0][0]
+    rows = sum(tensors[0].shape[0] for tensors in sources)
+    merged = torch.empty(len(sources[0]), rows, *first.shape[1:], dtype=first.dtype)
+    with _one_thread():
+        for index, expert in enumerate(merged):
+            torch.cat([_in_memory(tensors[index]) for tensors in sources], out=expert)
+            for tensors in sources:
+                tensors[index] = None
+    return merged
+
+
+def _in_memory(tensor: Tensor | TensorRef) -> Tensor:
+    return tensor.read() if isinstance(tensor, TensorRef) else tensor
 
 
 @contextmanager

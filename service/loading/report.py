@@ -51,6 +51,25 @@ class WeightBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HonestyReport:
+    """What was looked at before the model served; all of it passed: a check that fails ends the load.
+
+    Attributes:
+        num_tensors: parameters and buffers; all are in memory, and hold neither NaN nor infinity.
+        num_assigned: weights for which the recipe has a scheme, those that share another's storage left out.
+        num_quantized: of these, those that carry it and are not zero; the report of each other layer has its reason.
+        planned_bytes: of weights, before any was read; the model holds as many.
+        num_probed_tokens: of a forward by the model's own code and by the service's, all logits of which were finite.
+    """
+
+    num_tensors: int
+    num_assigned: int
+    num_quantized: int
+    planned_bytes: int
+    num_probed_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
     """What `GET /v1/quantization` shows and the weight metrics export.
 
@@ -65,10 +84,13 @@ class LoadReport:
         weight_bytes: by kind.
         original_bytes: what scheme `none` would hold at the serving dtype, tied tensors once.
         num_parameters: number of weights of the original model, tied tensors once.
-        phase_seconds: wall seconds by phase (`read`, `quantize`, `pack`, `install`, `probe`).
+        phase_seconds: wall seconds by phase (`read`, `quantize`, `pack`, `install`, `cache_write`, `probe`); `read` is
+            what the load waited for files, without what was read while it encoded; `cache_write` is 0 until the model
+            has been written into the cache, beside the first requests.
         total_seconds: first byte read to last buffer filled.
         peak_bytes: peak resident bytes of the process until ready by place (`host`, `device`).
         resident_before_bytes: resident bytes of the process when the load began.
+        honesty: what was checked.
         layers: one row per linear or embedding weight.
     """
 
@@ -86,6 +108,7 @@ class LoadReport:
     total_seconds: float
     peak_bytes: dict[str, int]
     resident_before_bytes: int
+    honesty: HonestyReport
     layers: tuple[LayerReport, ...]
 
     @property

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from service.errors import CheckpointError, ModelError, ModelNotFound
+from service.loading.artifact import is_artifact
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -17,10 +18,14 @@ PICKLE_SUFFIX = ".bin"
 def shard_paths(folder: Path) -> list[Path]:
     """The weight files of a model folder: safetensors where there are any, else the pickles of torch.
 
+    An artifact has none: its tensors are no weights.
+
     Raises:
         ModelNotFound: the folder holds no model.
         CheckpointError: a shard that the index names is missing, or the index is damaged.
     """
+    if is_artifact(folder):
+        return []
     for index_name, single_name in ((INDEX_NAME, SINGLE_NAME), (PICKLE_INDEX_NAME, PICKLE_SINGLE_NAME)):
         if (folder / index_name).is_file():
             return _named_shards(folder, index_name)

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from service.layers.replace import Slot
-from service.loading.quantizer import LoadRecord
+from service.loading.record import LoadRecord
 from service.loading.report import LayerReport, WeightBytes
 
 
@@ -57,6 +57,6 @@ def _storage_bytes(layer: nn.Module) -> int:
 
 
 def _reason(slot: Slot, *, is_quantized: bool) -> str:
-    if slot.shares or slot.scheme.is_none:
+    if slot.shares or slot.scheme.is_none or is_quantized:
         return slot.reason
-    return "" if is_quantized else slot.obstacle
+    return slot.obstacle

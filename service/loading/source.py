@@ -27,7 +27,8 @@ from service.loading.shards import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_SINGLE_
 LOCAL = "local"
 """The revision of what is no hub repository."""
 
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+"""Of a model folder: what there is beside the weights."""
 _CODE_FILES = ["*.py"]
 
 
@@ -76,7 +77,7 @@ def resolve_source(
         raise ModelNotFound(f"{model}: no such directory; give a local directory or a hub id such as org/name")
     if with_weights:
         progress.enter(Phase.DOWNLOAD)
-    small_files = _SMALL_FILES + (_CODE_FILES if with_code else [])
+    small_files = SMALL_FILES + (_CODE_FILES if with_code else [])
     snapshot = _download(
         model, revision, cache_dir, small_files=small_files, with_weights=with_weights, progress=progress
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, TypeVar
 
 from service.errors import UnsupportedModel
-from service.loading.checkpoint import TensorHeader
+from service.loading.tensors import TensorHeader
 
 _Tensor = TypeVar("_Tensor", bound=TensorHeader)
 

@@ -1,20 +1,23 @@
-"""Rounding of weights to integers that share a scale: `w ~ (codes - zero_points) * scales`.
+"""Rounding of weights to integers that share a scale: `w ~ (codes - zero_points) * scales`, or `+ offsets`.
 
-A group is `group_size` neighbours of one row (0: the whole row); the last one of a row may be short.
-Scales of rows are float32, scales of groups bfloat16: its exponent range is that of float32, so that no
-group over- or underflows. Codes are chosen against the rounded scale s.
+A group is `group_size` neighbours of one row (0: the whole row); the last one of a row may be short. Scales of rows are
+float32, scales of groups, and float offsets, bfloat16: its exponent range is that of float32, so that no group over- or
+underflows. Codes are chosen against the rounded scale s, and offset m. Of b bits, with n = 2^b - 1 steps:
 
-    scheme          scale s before rounding             codes                           |w - w'| at most
-    8 bit           max|w| / 127                        int8, -127..127                 s/2
-    4 bit           (max(w,0) - min(w,0)) / 15          uint8, 0..15,                   (1/2 + 15/256) s
+    scheme          scale s before rounding             codes                       |w - w'| at most
+    8 bit, -sym     max|w| / 127                        int8, -127..127             s/2
+    -sym            signed max / -h, h = 2^(b-1)        uint8, 0..n,                |s|/2 where w/s <= h - 1/2,
+                                                        zero point h                else (1 + h/256) |s|
+    -asym           (max(w,0) - min(w,0)) / n           uint8, 0..n,                (1/2 + n/256) s
                                                         zero point round(-min/s)
-    4 bit, -sym     signed max / -8                     uint8, 0..15, zero point 8      |s|/2 where w/s <= 7.5,
-                                                                                        else (1 + 8/256) |s|
+    -float          (max(w) - min(w)) / n, m = min(w)   uint8, 0..n                 (1/2 + n/256) s + |m|/256
+
+With 8 bits, -asym and -float count from -128 instead of 0, so that all 8-bit codes are int8: m is 128 s above min(w).
 
 Rounding is half to even. The bounds hold up to float32 rounding; they follow from the relative error of a
 bfloat16 scale, 2^-8: it moves the largest of n steps by n/256, and 127/256 < 1/2 keeps 8-bit codes within
 127 without a clamp. A group so small that its scale would be below the smallest normal float, 2^-126, is
-stored as zeros with scale 1, and so is a group of zeros.
+stored as zeros with scale 1, and so is a group of zeros; with float offsets, as its offset.
 
 Source: r = S (q - Z), arXiv:1712.05877 eq. 1.
 """
@@ -30,18 +33,24 @@ from torch import Tensor
 from service.errors import QuantizationError
 from service.numerics.schemes import QuantScheme
 
-SYMMETRIC_ZERO_POINT: Final = 8  # of 4-bit codes, implied where no zero points are stored
 NOT_FINITE: Final = "the weight holds NaN or infinity, all of it must be finite; repair the checkpoint"
+
+
+class Bounds(NamedTuple):
+    """Smallest and largest weight of what shares a scale: float32[rows, groups, 1], or of a whole tensor [1, 1, 1]."""
+
+    low: Tensor
+    high: Tensor
 
 
 class QuantizedWeight(NamedTuple):
     """Codes of a weight [out, in] and what maps them back.
 
     Attributes:
-        codes: int8[out, in] for 8 bit, uint8[out, in] for 4 bit.
-        scales: float32[out] per row, or [out, num_groups], bfloat16 or, with a codebook, float32; negative ones occur
-            with `-sym`.
-        zero_points: uint8[out, num_groups]; None if symmetric, which implies 0 for int8 and 8 for uint8 codes.
+        codes: int8[out, in] for 8 bit, else uint8[out, in].
+        scales: [out, values]: one value per group, or a scale and an offset, or bytes of a k-quant; negative scales
+            occur with `-sym`.
+        zero_points: uint8[out, num_groups], int8 for 8 bit; None if none are stored, which implies `centre`.
     """
 
     codes: Tensor
@@ -77,39 +86,74 @@ def refuse_nonfinite(scales: Tensor) -> None:
         raise QuantizationError(NOT_FINITE)
 
 
-def quantize(weight: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype | None = None) -> QuantizedWeight:
+def centre(scheme: QuantScheme) -> int:
+    """The zero point that is implied where none is stored."""
+    return 1 << scheme.bits - 1 if scheme.offset == "sym" and scheme.bits < 8 else 0
+
+
+def code_bounds(scheme: QuantScheme) -> tuple[int, int]:
+    """Smallest and largest code."""
+    if scheme.bits == 8:
+        return -127 if scheme.offset == "sym" else -128, 127
+    return 0, (1 << scheme.bits) - 1
+
+
+def code_dtype(scheme: QuantScheme) -> torch.dtype:
+    """Dtype of codes, packed or not, and of zero points before they are."""
+    return torch.int8 if scheme.bits == 8 else torch.uint8
+
+
+def quantize(
+    weight: Tensor, scheme: QuantScheme, *, scale_dtype: torch.dtype | None = None, bounds: Bounds | None = None
+) -> QuantizedWeight:
     """Round a weight to nearest.
 
     Args:
         weight: float[out, in] of any float dtype; computed in float32.
-        scale_dtype: float dtype to round the scales to, in place of the one above.
+        scale_dtype: float dtype to round scales and offsets to, in place of the one above.
+        bounds: of the whole tensor, for one scale per tensor.
 
     Raises:
         QuantizationError: the weight is not 2-D, is empty, or holds NaN or infinity.
     """
     require_matrix(weight)
     dtype = scale_dtype or (torch.bfloat16 if scheme.group_size else torch.float32)
-    parts = [_round_groups(grouped, scheme, dtype) for _, grouped in by_group(weight.float(), scheme.group_size)]
-    codes = torch.cat([part.codes.flatten(1) for part in parts], 1)
-    scales = torch.cat([part.scales for part in parts], 1)
-    zero_points = (
-        None if scheme.symmetric else torch.cat([p.zero_points for p in parts if p.zero_points is not None], 1)
-    )
+    parts = [
+        _round_groups(grouped, bounds or bounds_of(grouped), scheme, dtype)
+        for _, grouped in by_group(weight.float(), scheme.group_size)
+    ]
+    codes, scales = torch.cat([part.codes for part in parts], 1), torch.cat([part.scales for part in parts], 1)
+    points = [part.zero_points for part in parts if part.zero_points is not None]
     refuse_nonfinite(scales)
-    return QuantizedWeight(codes, scales if scheme.group_size else scales[:, 0], zero_points)
+    return QuantizedWeight(codes, scales, torch.cat(points, 1) if points else None)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, group_size: int) -> Tensor:
-    """Map codes [out, in] back to float32 weights; products with bfloat16 scales are exact."""
+def bounds_of(grouped: Tensor) -> Bounds:
+    """Of each group of [out, groups, weights]."""
+    return Bounds(grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True))
+
+
+def dequantize(codes: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """Map codes [out, in] back to float32 weights; products with bfloat16 scales are exact.
+
+    Args:
+        scales: float[out, num_groups], or with offsets, which alternate with scales, [out, 2 * num_groups].
+    """
     weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    scales = scales.float().view(len(codes), num_groups(codes.shape[1], group_size), 1)
-    signed = codes.view(torch.int8)  # 0..15 is the same in both; torch converts from int8 several times faster
-    for (groups, code), (_, product) in zip(by_group(signed, group_size), by_group(weight, group_size), strict=True):
-        if zero_points is not None:
-            code = code - zero_points[:, groups, None].view(torch.int8)
-        elif codes.dtype == torch.uint8:
-            code = code - SYMMETRIC_ZERO_POINT
-        product.copy_(code).mul_(scales[:, groups])
+    num_values = 2 if scheme.offset == "float" else 1
+    values = scales.float().view(len(codes), num_groups(codes.shape[1], scheme.group_size), num_values)
+    signed = codes.view(torch.int8)  # 0..63 is the same in both; torch converts from int8 several times faster
+    by_codes, by_weights = by_group(signed, scheme.group_size), by_group(weight, scheme.group_size)
+    for (groups, code), (_, product) in zip(by_codes, by_weights, strict=True):
+        if zero_points is None:
+            product.copy_(code - centre(scheme) if centre(scheme) else code)
+        elif scheme.bits == 8:
+            product.copy_(code).sub_(zero_points[:, groups, None])
+        else:
+            product.copy_(code - zero_points[:, groups, None].view(torch.int8))
+        product.mul_(values[:, groups, :1])
+        if scheme.offset == "float":
+            product.add_(values[:, groups, 1:])
     return weight
 
 
@@ -123,23 +167,39 @@ def by_group(matrix: Tensor, group_size: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(full, full + 1), matrix[:, None, full * size :]
 
 
-def _round_groups(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Round float32[out, groups, weights]; codes have its shape, scales and zero points [out, groups]."""
-    high, low = weight.amax(2, keepdim=True), weight.amin(2, keepdim=True)
-    if not scheme.symmetric:
-        low.clamp_(max=0)
-        scales = high.clamp_(min=0) / 15 - low / 15  # high - low may overflow
-    elif scheme.bits == 4:
-        scales = torch.where(high >= -low, high, low) / -8
-    else:
+def to_codes(steps: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes [out, weights] from whole numbers float32[out, groups, weights]; overwrites them."""
+    codes = steps.clamp_(*code_bounds(scheme)).to(torch.int8).flatten(1)
+    return codes if scheme.bits == 8 else codes.view(torch.uint8)
+
+
+def _round_groups(weight: Tensor, bounds: Bounds, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedWeight:
+    """Round float32[out, groups, weights]; codes are flat, scales and zero points [out, values]."""
+    low, high = bounds
+    first, last = code_bounds(scheme)
+    if scheme.offset == "asym":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.offset != "sym":
+        scales = high / (last - first) - low / (last - first)  # high - low may overflow
+    elif scheme.bits == 8:
         scales = torch.maximum(high, -low) / 127
-    scales = scales.to(scale_dtype)
-    scales.masked_fill_(scales.abs() < torch.finfo(scale_dtype).tiny, 1)
+    else:
+        scales = torch.where(high >= -low, high, low) / -centre(scheme)
+    scales = scales.to(dtype)
+    is_tiny = scales.abs() < torch.finfo(dtype).tiny
+    scales = scales.masked_fill_(is_tiny, 1).expand(*weight.shape[:2], 1)
+    if scheme.offset == "float":
+        offsets = stored_offsets(torch.where(is_tiny, low, low - first * scales.float()), dtype)
+        codes = to_codes((weight - offsets).div_(scales).round_(), scheme)
+        return QuantizedWeight(codes, torch.stack((scales, offsets), 2).flatten(1), None)
     steps = weight.div(scales).round_()
-    zero_points = None
-    if scheme.bits == 4:
-        offset = SYMMETRIC_ZERO_POINT if scheme.symmetric else low.div_(scales).round_().neg_().clamp_(0, 15)
-        steps.add_(offset).clamp_(0, 15)
-        zero_points = offset[:, :, 0].to(torch.uint8) if isinstance(offset, Tensor) else None
-    codes = steps.to(torch.int8)
-    return QuantizedWeight(codes if scheme.bits == 8 else codes.view(torch.uint8), scales[:, :, 0], zero_points)
+    if scheme.offset == "sym":
+        return QuantizedWeight(to_codes(steps.add_(centre(scheme)), scheme), scales.flatten(1), None)
+    points = low.div(scales).round_().neg_().add_(first).clamp_(first, last)
+    zero_points = points[:, :, 0].to(torch.int16).to(code_dtype(scheme))
+    return QuantizedWeight(to_codes(steps.add_(points), scheme), scales.flatten(1), zero_points)
+
+
+def stored_offsets(offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Offsets rounded to their dtype; the largest floats to the largest that it has."""
+    return offsets.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from service.numerics.affine import (
-    SYMMETRIC_ZERO_POINT,
     QuantizedWeight,
     by_group,
+    centre,
     num_groups,
     refuse_nonfinite,
     require_matrix,
@@ -51,7 +51,7 @@ _ORDER: Final = {
 @cache
 def levels(scheme: QuantScheme, device: torch.device | None = None) -> Tensor:
     """What the codes of a 4-bit scheme stand for, before zero points and scales: float32[16]; do not write to it."""
-    integers = range(-SYMMETRIC_ZERO_POINT, 16 - SYMMETRIC_ZERO_POINT) if scheme.symmetric else range(16)
+    integers = range(-centre(scheme), 16 - centre(scheme))
     table = {"nf4": _NF4, "fp4": _FP4}.get(scheme.codebook, integers)
     return torch.tensor(table, dtype=torch.float32, device=device or "cpu")
 

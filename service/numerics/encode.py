@@ -1,20 +1,8 @@
-"""From a weight to the buffers of a layer and back, in chunks of strips.
-
-Buffers of a weight [out, in], with S strips of T tiles as drawn in `packing`, and G groups per row:
-
-    scheme          qweight                 scales                  zero_points
-    w8a16           int8[S, T * 512]        float32[S * 16]
-    w8a16-gN        int8[S, T * 512]        bfloat16[S, G, 16]
-    w4a16-gN        uint8[S, T * 256]       bfloat16[S, G, 16]      uint8[S, G, 8]
-    w4a16-gN-sym    uint8[S, T * 256]       bfloat16[S, G, 16]
-    nf4, fp4        uint8[S, T * 256]       float32[S, G, 16]
-
-Outputs that only pad the last strip have codes and zero points 0 and scales 1; padded columns have codes 0. Readers
-let neither meet an activation, nor keep such a result.
-"""
+"""From a weight to the buffers of a layer, drawn in `storage`, and back, in chunks of strips."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +11,17 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from service.numerics.affine import QuantizedWeight, dequantize, num_groups, quantize, require_matrix
-from service.numerics.codebook import dequantize_levels, quantize_to_levels
+from service.errors import QuantizationError
+from service.numerics import double_quant
+from service.numerics.affine import (
+    NOT_FINITE,
+    Bounds,
+    QuantizedWeight,
+    by_group,
+    code_dtype,
+    num_groups,
+    require_matrix,
+)
 from service.numerics.packing import (
     K_TILE,
     STRIP,
@@ -38,7 +35,9 @@ from service.numerics.packing import (
     unpack_rows,
     unpack_tiles,
 )
-from service.numerics.schemes import QuantScheme
+from service.numerics.rounding import round_rows, weights_of
+from service.numerics.schemes import NF4, NF4_DQ, QuantScheme
+from service.numerics.storage import Buffers, storage_shapes
 
 CHUNK_WEIGHTS: Final = 240 * 1024
 """Weights rounded at a time by one thread. In float32 they stay below 1 MiB, where a heap keeps freed blocks."""
@@ -64,82 +63,42 @@ class EncodedWeight(NamedTuple):
     pack_s: float
 
 
-class TensorSpec(NamedTuple):
-    """Shape and dtype of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its elements."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def empty(self, device: torch.device | None = None) -> Tensor:
-        """Such a tensor, uninitialised; no device: on the current default one."""
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
-
-
-class StorageShapes(NamedTuple):
-    """The buffers of one weight before they exist; `zero_points` is None if symmetric."""
-
-    qweight: TensorSpec
-    scales: TensorSpec
-    zero_points: TensorSpec | None
-
-    @property
-    def codes_bytes(self) -> int:
-        """Bytes of the codes, padding included."""
-        return self.qweight.num_bytes
-
-    @property
-    def scales_bytes(self) -> int:
-        """Bytes of scales and zero points."""
-        return self.scales.num_bytes + (self.zero_points.num_bytes if self.zero_points else 0)
-
-
-def storage_shapes(out_features: int, in_features: int, scheme: QuantScheme) -> StorageShapes:
-    """What `encode` makes of a weight of this size."""
-    strips, groups = num_strips(out_features), num_groups(in_features, scheme.group_size)
-    code_dtype = torch.int8 if scheme.bits == 8 else torch.uint8
-    qweight = TensorSpec((strips, num_tiles(in_features) * K_TILE * STRIP * scheme.bits // 8), code_dtype)
-    shape = (strips, groups, STRIP) if scheme.group_size else (strips * STRIP,)
-    has_wide_scales = scheme.codebook or not scheme.group_size
-    scales = TensorSpec(shape, torch.float32 if has_wide_scales else torch.bfloat16)
-    zero_points = None if scheme.symmetric else TensorSpec((strips, groups, STRIP // 2), torch.uint8)
-    return StorageShapes(qweight, scales, zero_points)
-
-
-def encode(weight: Tensor, scheme: QuantScheme, *, chunk_weights: int = CHUNK_WEIGHTS) -> EncodedWeight:
+def encode(
+    weight: Tensor, scheme: QuantScheme, *, into: Buffers | None = None, chunk_weights: int = CHUNK_WEIGHTS
+) -> EncodedWeight:
     """Quantize and pack a weight; no float32 copy of the whole of it is ever made.
 
     Args:
         weight: float[out, in] on the CPU, finite, of any strides.
+        into: buffers to fill, contiguous and of the sizes of `storage_shapes`; None makes new ones. Those of a run of
+            strips of a larger weight are that run of its buffers, if the scheme is local to rows.
         chunk_weights: how many are rounded at a time, in whole rows; at least one row.
 
     Returns:
         Buffers that are the same for any number of threads.
 
     Raises:
-        QuantizationError: the weight is not 2-D, is empty, or holds NaN or infinity.
+        QuantizationError: the weight is not 2-D, is empty, holds NaN or infinity, or does not fit the scheme.
     """
     require_matrix(weight)
+    if scheme == NF4_DQ:
+        return double_quantize(weight, encode, into=into)
     out_features, in_features = weight.shape
-    shapes = storage_shapes(out_features, in_features, scheme)
-    qweight, scales = shapes.qweight.empty(weight.device), shapes.scales.empty(weight.device)
-    zero_points = shapes.zero_points.empty(weight.device) if shapes.zero_points else None
+    qweight, scales, zero_points = into or storage_shapes(out_features, in_features, scheme).empty(weight.device)
     strips_per_chunk = max(1, chunk_weights // (STRIP * in_features))
+    bounds = _bounds_of_all(weight) if scheme.is_per_tensor else None
 
     def encode_strips(first: int) -> _ChunkFigures:
         strips = slice(first, first + strips_per_chunk)
         started = time.perf_counter()
         rows = weight[strips.start * STRIP : strips.stop * STRIP]
-        rounded, signal, noise = _round(rows, scheme, max_rows=max(1, chunk_weights // in_features))
+        rounded, signal, noise = _round(rows, scheme, max_rows=max(1, chunk_weights // in_features), bounds=bounds)
         quantized = time.perf_counter()
         qweight[strips] = pack_tiles(rounded.codes, scheme.bits)
-        _by_strip(scales)[strips] = to_strips(rounded.scales)
+        scales.view(len(qweight), -1, STRIP)[strips] = to_strips(rounded.scales)
         if zero_points is not None and rounded.zero_points is not None:
-            zero_points[strips] = pack_nibbles(to_strips(rounded.zero_points))
+            points = to_strips(rounded.zero_points)
+            zero_points[strips] = pack_nibbles(points) if scheme.bits <= 4 else points
         return _ChunkFigures(signal, noise, quantized - started, time.perf_counter() - quantized)
 
     started = time.perf_counter()
@@ -158,25 +117,70 @@ def encode(weight: Tensor, scheme: QuantScheme, *, chunk_weights: int = CHUNK_WE
     )
 
 
-def _round(rows: Tensor, scheme: QuantScheme, *, max_rows: int) -> tuple[QuantizedWeight, float, float]:
+def double_quantize(weight: Tensor, encode_as: Callable[..., EncodedWeight], *, into: Buffers | None) -> EncodedWeight:
+    """Encode a weight as `nf4-dq`.
+
+    Args:
+        encode_as: an encoder like `encode`, for `nf4`.
+        into: as `encode` takes it.
+    """
+    require_matrix(weight)
+    out_features, in_features = weight.shape
+    qweight, stored, _ = into or storage_shapes(out_features, in_features, NF4_DQ).empty(weight.device)
+    single = storage_shapes(out_features, in_features, NF4).scales.empty(weight.device)
+    encoded = encode_as(weight, NF4, into=Buffers(qweight, single, None))
+    started = time.perf_counter()
+    rows_at_once = max(1, CHUNK_WEIGHTS // (STRIP * in_features)) * STRIP
+    scales = from_strips(single)
+    for first in range(0, out_features, rows_at_once) if (scales == 1).any() else ():
+        for groups, some in by_group(weight[first : first + rows_at_once].float().contiguous(), NF4.group_size):
+            is_zero = some.abs().amax(2) < torch.finfo(torch.float32).tiny  # stored with scale 1, which is no scale
+            scales[first : first + len(some), groups].masked_fill_(is_zero, 0)
+    stored.copy_(double_quant.compress(to_strips(scales), out_features))
+    noise = 0.0
+    for first in range(0, out_features, rows_at_once):
+        rows, strips = weight[first : first + rows_at_once], slice(first // STRIP, (first + rows_at_once) // STRIP)
+        part = (qweight[strips], stored[strips], None)
+        decoded = decode(*part, scheme=NF4_DQ, out_features=len(rows), in_features=in_features)
+        noise += _sum_of_squares(decoded.sub_(rows))
+    seconds = time.perf_counter() - started
+    return encoded._replace(scales=stored, noise=noise, quantize_s=encoded.quantize_s + seconds)
+
+
+def _bounds_of_all(weight: Tensor) -> Bounds:
+    """Of a whole tensor, without a copy of it."""
+    low, high = weight.aminmax()
+    return Bounds(low.float().view(1, 1, 1), high.float().view(1, 1, 1))
+
+
+def _round(
+    rows: Tensor, scheme: QuantScheme, *, max_rows: int, bounds: Bounds | None
+) -> tuple[QuantizedWeight, float, float]:
     """Quantize the rows of some strips, `max_rows` at a time: padded codes, scales and zero points, signal, noise."""
     num_rows, in_features = rows.shape
-    outputs, groups = num_strips(num_rows) * STRIP, num_groups(in_features, scheme.group_size)
+    outputs = num_strips(num_rows) * STRIP
     shapes = storage_shapes(num_rows, in_features, scheme)
     codes = rows.new_zeros(outputs, num_tiles(in_features) * K_TILE, dtype=shapes.qweight.dtype)
-    scales = rows.new_ones(outputs, groups, dtype=shapes.scales.dtype)
-    zero_points = None if scheme.symmetric else rows.new_zeros(outputs, groups, dtype=torch.uint8)
+    scales = rows.new_ones(outputs, shapes.scales.num_values // outputs, dtype=shapes.scales.dtype)
+    if not shapes.scales.dtype.is_floating_point:
+        scales.zero_()
+    zero_points = None
+    if scheme.offset == "asym":
+        zero_points = rows.new_zeros(outputs, num_groups(in_features, scheme.group_size), dtype=code_dtype(scheme))
     signal = noise = 0.0
     for first in range(0, num_rows, max_rows):
         part = slice(first, min(first + max_rows, num_rows))
         chunk = rows[part].to(torch.float32, memory_format=torch.contiguous_format)
-        rounded = quantize_to_levels(chunk, scheme) if scheme.codebook else quantize(chunk, scheme)
+        energy = _sum_of_squares(chunk)
+        if not math.isfinite(energy):
+            raise QuantizationError(NOT_FINITE)
+        rounded = round_rows(chunk, scheme, bounds)
         codes[part, :in_features] = rounded.codes
-        scales[part] = rounded.scales.view(len(chunk), groups)
+        scales[part] = rounded.scales
         if zero_points is not None and rounded.zero_points is not None:
             zero_points[part] = rounded.zero_points
-        signal += _sum_of_squares(chunk)
-        noise += _sum_of_squares(_weights(rounded, scheme).sub_(chunk))
+        signal += energy
+        noise += _sum_of_squares(weights_of(rounded, scheme).sub_(chunk))
     return QuantizedWeight(codes, scales, zero_points), signal, noise
 
 
@@ -217,9 +221,18 @@ def decode(
 
     Those of a run of strips are the buffers of its outputs, and are decoded as such.
     """
-    codes = unpack_tiles(qweight, scheme.bits)[:out_features, :in_features]
-    points = None if zero_points is None else from_strips(unpack_nibbles(zero_points))[:out_features]
-    return _weights(QuantizedWeight(codes, from_strips(_by_strip(scales))[:out_features], points), scheme)
+    codes = decode_codes(qweight, scheme=scheme, out_features=out_features, in_features=in_features)
+    points = None
+    if zero_points is not None:
+        nibbles = scheme.bits <= 4
+        points = from_strips(unpack_nibbles(zero_points) if nibbles else zero_points)[:out_features]
+    by_row = from_strips(_by_strip(scales, scheme, in_features))[:out_features]
+    return weights_of(QuantizedWeight(codes, by_row, points), scheme)
+
+
+def decode_codes(qweight: Tensor, *, scheme: QuantScheme, out_features: int, in_features: int) -> Tensor:
+    """Unpack the codes of a weight as they are, padding left out: int8 or uint8[out, in]."""
+    return unpack_tiles(qweight, scheme.bits)[:out_features, :in_features]
 
 
 def decode_rows(
@@ -235,21 +248,21 @@ def decode_rows(
     strip, output = rows // STRIP, rows % STRIP
     codes = unpack_rows(qweight, rows, scheme.bits)[:, :in_features]
     points = None
-    if zero_points is not None:
+    if zero_points is not None and scheme.bits <= 4:
         shift = (output % 2 * 4).to(torch.uint8)[:, None]
         points = zero_points[strip, :, output // 2] >> shift & 15
-    return _weights(QuantizedWeight(codes, _by_strip(scales)[strip, :, output], points), scheme)
+    elif zero_points is not None:
+        points = zero_points[strip, :, output]
+    strips = scales.view(-1, STRIP)[strip] if scales.dim() == 1 else scales[strip]
+    by_row = _by_strip(strips, scheme, in_features)[torch.arange(len(rows), device=rows.device), :, output]
+    return weights_of(QuantizedWeight(codes, by_row, points), scheme)
 
 
-def _by_strip(scales: Tensor) -> Tensor:
-    """Scales of rows as those of one group: [S, G, 16]."""
+def _by_strip(scales: Tensor, scheme: QuantScheme, in_features: int) -> Tensor:
+    """Scales as they lie in strips, those of rows as of one group; not compressed twice: [S, values, 16]."""
+    if scheme.named == "nf4-dq":
+        return double_quant.expand(scales, num_groups(in_features, scheme.group_size))
     return scales if scales.dim() == 3 else scales.view(-1, 1, STRIP)
-
-
-def _weights(quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:
-    if scheme.codebook:
-        return dequantize_levels(quantized.codes, quantized.scales, scheme)
-    return dequantize(*quantized, scheme.group_size)
 
 
 def _sum_of_squares(values: Tensor) -> float:

@@ -142,6 +142,17 @@ def parse_output(text: str, flag: str = "--output") -> Path:
     return path
 
 
+def parse_picture(text: str) -> Path:
+    """A PNG file for `--plot`, known to be possible before minutes are spent.
+
+    Raises:
+        SettingError: it is called otherwise, or `parse_output` refuses it.
+    """
+    if not text.lower().endswith(".png"):
+        raise SettingError(f"--plot {shown(text)}: must end in .png; name it so")
+    return parse_output(text, flag="--plot")
+
+
 def _try_to_write(path: Path) -> None:
     """Raise OSError if a file cannot be made or, where one is, not be written; it is left as it was."""
     try:

@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from service.errors import SettingError, shown
-from service.reports.bench_options import parse_output
+from service.reports.bench_options import parse_output, parse_picture
 from service.reports.bench_text import DEFAULT_TEXT
+from service.reports.text_file import read_text
 
 KEY_VARIABLE: Final = "PENNYWEIGHT_BENCH_API_KEY"
 MAX_TEXT_CHARACTERS: Final = 2**16
@@ -136,10 +137,10 @@ def read_options(words: Mapping[str, Any], environment: Mapping[str, str]) -> Se
         max_tokens=_number("--max-tokens", words["max_tokens"], int, (1, _MAX_TOKENS)),
         seed=_number("--seed", words["seed"], int, (0, _MAX_SEED)),
         timeout_s=_number("--timeout", words["timeout"], float, (0.1, _MAX_SECONDS)),
-        text=DEFAULT_TEXT if words["text"] is None else _text(words["text"]),
+        text=DEFAULT_TEXT if words["text"] is None else read_text(words["text"], max_characters=MAX_TEXT_CHARACTERS),
         api_keys=_api_keys(words["api_key_file"], environment, num_urls=len(urls)),
         output=None if words["output"] is None else parse_output(words["output"]),
-        plot=None if words["plot"] is None else _plot(words["plot"]),
+        plot=None if words["plot"] is None else parse_picture(words["plot"]),
     )
 
 
@@ -202,20 +203,6 @@ def _number(flag: str, text: str, kind: Callable[[str], _Number], allowed: tuple
     return kind(text)
 
 
-def _text(name: str) -> str:
-    try:
-        with Path(name).expanduser().open(encoding="utf-8") as file:
-            text = file.read(MAX_TEXT_CHARACTERS)
-    except UnicodeDecodeError as error:
-        raise SettingError(f"--text {shown(name)}: must be UTF-8, and byte {error.start} is not; convert it") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: `~name` of nobody
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingError(f"--text {shown(name)}: cannot be read ({reason}); give a file that can be") from error
-    if not text.strip():
-        raise SettingError(f"--text {shown(name)}: is empty; give a text of some pages")
-    return text
-
-
 def _api_keys(name: str | None, environment: Mapping[str, str], *, num_urls: int) -> tuple[str | None, ...]:
     """A key for each URL; messages show none."""
     variable = environment.get(KEY_VARIABLE)
@@ -241,9 +228,3 @@ def _lines(path: Path, origin: str) -> list[str]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise SettingError(f"{origin}: cannot be read ({reason}); give a file that can be") from error
     return content.decode("utf-8", "replace").splitlines()
-
-
-def _plot(text: str) -> Path:
-    if not text.lower().endswith(".png"):
-        raise SettingError(f"--plot {shown(text)}: must end in .png; name it so")
-    return parse_output(text, flag="--plot")

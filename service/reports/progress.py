@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -12,6 +15,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
@@ -23,23 +27,32 @@ _LAST = frozenset({Phase.READY, Phase.DRAINING, Phase.FAILED})
 
 
 class LoggedProgress(LoadProgress):
-    """Logs each phase that ends, with its seconds and bytes, and the next one."""
+    """Logs each phase that ends, with its seconds and bytes, and the next one; now and then the time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, interval_s: float = 10.0) -> None:
         super().__init__()
-        self._entered_s = 0.0
+        self._interval_s = interval_s
+        self._entered_s = self._told_s = 0.0
 
     def enter(self, phase: Phase, total_bytes: int = 0) -> None:
         """Begin a phase."""
         ended = self.snapshot()
         seconds = ended.elapsed_s - self._entered_s
-        self._entered_s = ended.elapsed_s
+        self._entered_s = self._told_s = ended.elapsed_s
         super().enter(phase, total_bytes)
         if ended.phase in _LAST or phase in (Phase.DRAINING, Phase.FAILED):
             return
         done = f", {ended.done_bytes} bytes" if ended.done_bytes else ""
         ahead = f", {total_bytes} bytes" if total_bytes else ""
         logger.info("%s took %.2f s%s; now %s%s", ended.phase, seconds, done, phase, ahead)
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes of the current phase as done."""
+        super().advance(num_bytes)
+        phase, done, total, elapsed_s, remaining_s = self.snapshot()
+        if remaining_s is not None and elapsed_s - self._told_s >= self._interval_s:
+            self._told_s = elapsed_s
+            logger.info("%s: %d of %d bytes, about %.0f s left", phase, done, total, remaining_s)
 
 
 class TerminalProgress(LoadProgress):
@@ -53,6 +66,7 @@ class TerminalProgress(LoadProgress):
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console or Console(stderr=True),
         )
         self._bar: TaskID | None = None
@@ -80,3 +94,13 @@ class TerminalProgress(LoadProgress):
         super().advance(num_bytes)
         if self._bar is not None:
             self._bars.advance(self._bar, num_bytes)
+
+
+@contextmanager
+def shown_load() -> Iterator[LoadProgress]:
+    """For a command that loads and ends: bars on stderr, if that is a terminal."""
+    progress = TerminalProgress() if sys.stderr.isatty() else LoadProgress()
+    try:
+        yield progress
+    finally:
+        progress.enter(Phase.READY)

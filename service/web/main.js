@@ -45,7 +45,7 @@ function showPhase() {
 
 const describe = ({ model, report }) => `${model.id}, ${report.recipe}, context ${number(model.max_model_len)}`;
 
-function showLoading({ phase, done_bytes: done, total_bytes: total, elapsed_s: elapsed }) {
+function showLoading({ phase, done_bytes: done, total_bytes: total, elapsed_s: elapsed, remaining_s: left }) {
   const bar = byId("loading-bar");
   if (total > 0) {
     bar.max = total;
@@ -54,7 +54,8 @@ function showLoading({ phase, done_bytes: done, total_bytes: total, elapsed_s: e
     bar.removeAttribute("value");
   }
   const amount = total > 0 ? `, ${bytes(done)} of ${bytes(total)}` : "";
-  byId("loading-text").textContent = `${phase}${amount}, ${elapsed.toFixed(1)} s so far`;
+  const ahead = left > 0 ? `, about ${Math.ceil(left)} s left` : "";
+  byId("loading-text").textContent = `${phase}${amount}, ${elapsed.toFixed(1)} s so far${ahead}`;
 }
 
 function showNotices(twin) {

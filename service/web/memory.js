@@ -15,6 +15,7 @@ const MAX_KV_RATIO = 2;
 const withKv = byId("with-kv");
 let isKvChosen = false;
 
+const fidelity = (side, name) => side.scrapes.at(-1)?.value(`fidelity_${name}`);
 const kvBytes = (side) => side.scrapes.at(-1)?.value("memory_bytes", { kind: "kv_cache" }) ?? null;
 
 /** Show the sides that are loaded. */
@@ -71,6 +72,8 @@ function table(loaded) {
     row("saved", ({ report }) => percent(report.saving_ratio)),
     ...KINDS.map(([kind, text]) => row(text, ({ report }) => bytes(report.weight_bytes[kind]))),
     row("bits per parameter", ({ report }) => number(report.bits_per_parameter)),
+    row("KL from the original, nats", (side) => number(fidelity(side, "kl_nats"))),
+    row("same likeliest token", (side) => percent(fidelity(side, "top1_ratio"))),
     row("keys and values", (side) => bytes(kvBytes(side))),
     row("process", (side) => bytes(side.scrapes.at(-1)?.value("memory_bytes", { kind: "rss" }))),
   ];

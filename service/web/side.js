@@ -8,7 +8,8 @@ const PAUSE_S = 10;
 
 /** A service that is asked again and again; a failure stays its own. */
 export class Side {
-  /** @type {{phase: string, done_bytes: number, total_bytes: number, elapsed_s: number} | null} */
+  /** @type {{phase: string, done_bytes: number, total_bytes: number, elapsed_s: number,
+   *   remaining_s: number | null} | null} */
   readiness = null;
   /** What /v1/models says of the model. */
   model = null;

@@ -139,7 +139,7 @@ def start_service(
     made: Future[Service] = Future()
 
     async def serve() -> None:
-        checked = Settings.model_validate(settings)
+        checked = Settings.model_validate({"fidelity": "off", "cache_limit": 0} | dict(settings))
         service = Service(checked, asyncio.get_running_loop(), access=read_access(checked, {}))
         made.set_result(service)
         await service.serve(listener)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import socket
 import threading
@@ -12,11 +13,14 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from safetensors.torch import load_file, save_file
 
 from service.kernels import dispatch
 from service.loading.progress import Phase
+from service.loading.shards import SINGLE_NAME
 from tests.api.support import RunningService, assert_error, eventually, run_service, sse_events, start_service
 from tests.hub import serve_hub, use
+from tests.models import build_tokenizer, write_checkpoint
 
 TINY: dict[str, Any] = {"device": "cpu", "dtype": "float32", "threads": 1, "kv_memory": 2**22}
 
@@ -51,6 +55,81 @@ def test_a_load_that_fails_ends_the_service_with_its_code_and_message(
         assert running.wait_for_end() == exit_code
     assert caplog.messages[-1].startswith("the model cannot be served: ")
     assert re.search(message, caplog.messages[-1])
+
+
+def spoil(folder: Path, name: str, value: float) -> Path:
+    """Fill a weight of a checkpoint."""
+    tensors = load_file(folder / SINGLE_NAME)
+    tensors[name].fill_(value)
+    save_file(tensors, folder / SINGLE_NAME)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", math.nan, "NaN or infinite values in model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.1.mlp.down_proj.weight", 3e38, "NaN or infinity in .*, first out of model.layers.1.mlp.down_pr"),
+        ("model.layers.2.input_layernorm.weight", 3e38, "NaN or infinity in .*, first out of model.layers.2.*, whose"),
+    ],
+    ids=["NaN in the file", "overflow in a linear", "overflow behind a norm"],
+)
+def test_a_model_that_computes_no_numbers_is_not_served_and_the_layer_is_named(
+    name: str, value: float, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = spoil(write_checkpoint("llama", tmp_path / "m"), name, value)
+    settings = TINY | {"model": str(folder), "quantize": "none"}
+    with caplog.at_level(logging.ERROR, "service.app"), start_service(settings) as running:
+        assert running.wait_for_end() == 1
+    assert re.search(message, caplog.messages[-1])
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [
+        (
+            200,
+            r"its tokenizer has token ids up to 299, the model takes 0\.\.199; the tokenizer belongs to another model",
+        ),
+        (512, None),
+    ],
+    ids=["fewer tokens than the tokenizer", "more tokens than the tokenizer"],
+)
+def test_a_tokenizer_of_another_model_is_refused_only_if_the_model_lacks_its_tokens(
+    vocab_size: int, message: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = TINY | {"model": str(write_checkpoint("llama", tmp_path / "m", vocab_size=vocab_size))}
+    if message is None:
+        with run_service(settings) as running:
+            assert running.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        return
+    with caplog.at_level(logging.ERROR, "service.app"), start_service(settings) as ended:
+        assert ended.wait_for_end() == 1
+    assert re.search(message, caplog.messages[-1])
+
+
+def test_a_token_that_was_added_beyond_the_model_s_is_refused_in_prompts_only(tmp_path: Path) -> None:
+    folder = write_checkpoint("llama", tmp_path / "m")
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    with run_service(TINY | {"model": str(folder)}) as running:
+        answers = [
+            running.client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+            for prompt in ("a", "a<image>")
+        ]
+    assert answers[0].status_code == 200
+    message = r"token id 300 is outside the vocabulary, 0\.\.299"
+    assert_error(answers[1], 400, param="prompt", code="invalid_value", message=message)
+
+
+def test_a_model_that_is_served_says_what_was_checked(tiny: dict[str, Any]) -> None:
+    with run_service(tiny) as running:
+        honesty = running.client.get("/v1/quantization").json()["honesty"]
+    assert honesty["num_quantized"] == honesty["num_assigned"] == 3 * 7 + 1
+    assert honesty["num_tensors"] > 0
+    assert honesty["num_probed_tokens"] > 0
+    assert honesty["planned_bytes"] > 0
 
 
 @pytest.mark.skipif(not dispatch.obstacle("amx"), reason="this machine runs every kind of kernels")

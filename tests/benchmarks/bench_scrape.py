@@ -41,8 +41,8 @@ FIELDS = {"prompt": list(range(300, 332)), "max_tokens": NUM_TOKENS, "ignore_eos
 
 
 @contextmanager
-def sequences(host: str, port: int) -> Iterator[None]:
-    """Keep 16 texts running."""
+def sequences(host: str, port: int, num_sequences: int = NUM_SEQUENCES) -> Iterator[None]:
+    """Keep so many texts running."""
     ended = threading.Event()
 
     def generate() -> None:
@@ -54,8 +54,8 @@ def sequences(host: str, port: int) -> Iterator[None]:
             assert answer.status == 200, data
         connection.close()
 
-    with ThreadPoolExecutor(NUM_SEQUENCES) as pool:
-        clients = [pool.submit(generate) for _ in range(NUM_SEQUENCES)]
+    with ThreadPoolExecutor(num_sequences) as pool:
+        clients = [pool.submit(generate) for _ in range(num_sequences)]
         try:
             yield
         finally:

@@ -42,6 +42,7 @@ UNITS = {
     r"_seconds(_bucket|_sum|_count)?": "s",
     r"_bytes": "bytes",
     r"_bits_per_parameter": "suffix: bit",
+    r"_nats": "suffix: nats",
     r"_ratio|ratio_to_none|ratio\d+m": "percentunit",
     r"_(running|waiting|kv_blocks|ready|info)|batch_(sequences|tokens)_(sum|count)|:count": "short",
 }

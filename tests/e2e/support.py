@@ -30,8 +30,9 @@ class ServerProcess:
     def __init__(self, arguments: tuple[str, ...], environment: Mapping[str, str], *, module: str = "service") -> None:
         # Tests run beside one another: one thread each, unless a measurement asks for more.
         threads = () if "--threads" in arguments else ("--threads", "1")
+        fidelity = () if "--fidelity" in arguments else ("--fidelity", "off")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "serve", "--port", "0", *threads, *arguments],
+            [sys.executable, "-m", module, "serve", "--port", "0", *threads, *fidelity, *arguments],
             cwd=ROOT,
             env=clean_environment() | dict(environment),
             stderr=subprocess.PIPE,
@@ -88,9 +89,9 @@ class ServerProcess:
 
 
 def clean_environment() -> dict[str, str]:
-    """This environment without settings of the service, offline."""
+    """This environment without settings of the service, offline, and with no cache of quantized models."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PENNYWEIGHT_")}
-    return kept | {"HF_HUB_OFFLINE": "1"}
+    return kept | {"HF_HUB_OFFLINE": "1", "PENNYWEIGHT_CACHE_LIMIT": "0"}
 
 
 @contextmanager

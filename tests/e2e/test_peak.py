@@ -43,9 +43,9 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     shutil.rmtree(folder)
 
 
-def serve_and_measure(folder: Path, recipe: str) -> LoadFigures:
+def serve_and_measure(folder: Path, recipe: str, fidelity: str = "off", *more: str) -> LoadFigures:
     options = ["--device", "cpu", "--dtype", "bfloat16", "--kv-memory", "64MiB"]
-    with ready(str(folder), "--quantize", recipe, *options) as (server, client):
+    with ready(str(folder), "--quantize", recipe, "--fidelity", fidelity, *options, *more) as (server, client):
         peak_bytes = server.peak_bytes()
         report = client.get("/v1/quantization").json()
         metrics = client.get("/metrics").text
@@ -54,6 +54,18 @@ def serve_and_measure(folder: Path, recipe: str) -> LoadFigures:
     assert exported is not None
     assert planned is not None
     return LoadFigures(peak_bytes, int(planned[1]), report, float(exported[1]))
+
+
+def test_neither_writing_into_the_cache_nor_starting_from_it_takes_more(large_checkpoint: Path, tmp_path: Path) -> None:
+    cache = ("--cache-dir", str(tmp_path), "--cache-limit", "4GiB", "--fidelity", "off", "--dtype", "bfloat16")
+    with ready(str(large_checkpoint), *cache, "--kv-memory", "64MiB") as (server, _):
+        server.wait_for_log("the quantized model is cached in")
+        peak_of_writer = server.peak_bytes()
+    peak, planned, report, _ = serve_and_measure(large_checkpoint, "w8a16", "off", *cache)
+    assert report["phase_seconds"]["quantize"] == 0, "it came from the cache"
+    weights = sum(report["weight_bytes"][kind] for kind in ("codes", "scales", "unquantized"))
+    assert peak <= report["resident_before_bytes"] + weights + 200 * MB
+    assert max(peak, peak_of_writer) <= planned
 
 
 @pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g64"])
@@ -66,3 +78,9 @@ def test_the_peak_until_ready_is_the_quantized_size_and_at_most_200_mb(large_che
     # The opposite: with the unquantized weights in memory at any time the bound could not hold.
     assert report["original_bytes"] > weights + 200 * MB
     assert exported_peak == pytest.approx(peak, rel=0.05)
+
+
+def test_a_comparison_that_goes_first_stays_within_the_plan(large_checkpoint: Path) -> None:
+    peak, planned, report, _ = serve_and_measure(large_checkpoint, "w8a16", "before-ready")
+    assert report["fidelity"]["state"] == "done"
+    assert peak <= planned

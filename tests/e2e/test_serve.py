@@ -43,7 +43,7 @@ def test_before_the_model_is_loaded_the_port_answers_what_it_knows() -> None:
         assert client.get("/livez").status_code == 200
         answer = client.get("/readyz")
         assert answer.status_code == 503
-        assert set(answer.json()) == {"phase", "done_bytes", "total_bytes", "elapsed_s", "error"}
+        assert set(answer.json()) == {"phase", "done_bytes", "total_bytes", "elapsed_s", "remaining_s", "error"}
         assert answer.json()["phase"] in ("resolve", "plan", "load")
         for route in ("/v1/completions", "/generate"):
             refused = client.post(route, json={"prompt": "a"})

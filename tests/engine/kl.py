@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from service.engine.attention import STEP_KEYWORD, Chunk, Step
 from service.engine.blocks import BLOCK_SIZE, KVBlocks
+from service.kernels.native_attention import Rows
 
 
 @torch.inference_mode()
@@ -16,10 +17,10 @@ def log_probs(model: PreTrainedModel, ids: Tensor, kv: KVBlocks) -> Tensor:
     num_blocks = -(-len(ids) // BLOCK_SIZE)
     kv.resize(num_blocks)
     positions = torch.arange(len(ids))
-    span = Chunk(
-        0, len(ids), position=0, lengths=torch.tensor([1]), first_slot=0, block_table=torch.arange(num_blocks)[None]
-    )
-    keywords = {"use_cache": False, STEP_KEYWORD: Step(kv, positions, None, [span])}
+    table, length = torch.arange(num_blocks), torch.tensor([len(ids)])
+    rows = Rows(table, torch.tensor([0, num_blocks]), length, length)
+    span = Chunk(0, len(ids), position=0, first_slot=0, block_table=table[None])
+    keywords = {"use_cache": False, STEP_KEYWORD: Step(kv, positions, None, rows, [span])}
     logits: Tensor = model(input_ids=ids[None], position_ids=positions[None], **keywords).logits
     return logits[0].float().log_softmax(-1)
 

@@ -36,8 +36,8 @@ def test_a_sequence_alone_gets_the_tokens_of_generate(case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("max_num_batched_tokens", "isa"),
-    [(7, "auto"), (512, "auto"), (512, "torch")],
-    ids=["chunks", "whole-prompts", "torch"],
+    [(7, "auto"), (512, "auto"), (7, "torch"), (512, "torch")],
+    ids=["chunks", "whole-prompts", "torch-chunks", "torch-whole-prompts"],
 )
 def test_staggered_sequences_get_the_tokens_of_generate(case: Case, max_num_batched_tokens: int, isa: str) -> None:
     model, expected = case
@@ -53,11 +53,12 @@ def test_staggered_sequences_get_the_tokens_of_generate(case: Case, max_num_batc
     assert {"prefill", "decode", "mixed"} == {step.kind for step in recorder.steps}
 
 
-def test_sequences_whose_blocks_are_scattered_get_the_tokens_of_generate(case: Case) -> None:
+@pytest.mark.parametrize("isa", ["auto", "torch"])
+def test_sequences_whose_blocks_are_scattered_get_the_tokens_of_generate(case: Case, isa: str) -> None:
     model, expected = case
     # Room for 12 blocks: short sequences end and leave holes, which the long last one has to fill.
     bytes_per_block = BYTES_PER_BLOCK * (2 if model.config.model_type == "gpt2" else 1)  # 4 KV heads
-    with running(model, kv_memory_bytes=12 * bytes_per_block) as (engine, recorder):
+    with computing_with(isa), running(model, kv_memory_bytes=12 * bytes_per_block) as (engine, recorder):
         assert engine.state().num_kv_blocks == 12
         for i, max_tokens in enumerate((5, 100, 5)):
             engine.submit(f"hole{i}", PROMPTS[0], greedy(max_tokens))

@@ -179,8 +179,13 @@ def broken(change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
 
 @torch.no_grad()
 def test_a_model_that_gives_nan_or_raises_by_itself_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'llama' gives NaN in torch\.float32; its own forward must be finite"):
+    nan = r"'llama' gives NaN or infinity in torch\.float32, first out of lm_head \(Linear\), whose input reaches [1-9]"
+    with pytest.raises(UnsupportedModel, match=nan):
         choose(broken(lambda model: model.lm_head.weight.fill_(math.nan)))
+    with pytest.raises(
+        UnsupportedModel, match=r"first out of model\.layers\.1\.mlp\.down_proj \(Linear\), whose input"
+    ):
+        choose(broken(lambda model: model.model.layers[1].mlp.down_proj.weight.fill_(3e38)))
     with pytest.raises(UnsupportedModel, match=r"'llama' raises RuntimeError in its own forward \(.*use another model"):
         choose(broken(lambda model: setattr(model, "lm_head", nn.Linear(3, 3))))
 

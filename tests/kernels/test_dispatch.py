@@ -19,6 +19,10 @@ from tests.kernels.support import computing_with
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SCHEMES = ["w8a16", "w8a16-g32", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
+MORE_NATIVE_SCHEMES = [
+    *("w4a16-row", "w4a16-row-sym", "w4a16-row-float", "w4a16-g16-float", "w4a16-g64+mse", "w4a16-g128+hqq", "absmax"),
+    *("q8_0", "q4_0", "q4_1"),
+]
 ISAS = [isa for isa in dispatch.ISAS if not dispatch.obstacle(isa)]
 # Relative to ||y||. bfloat16 rounds twice by at most 2^-8: sums and results, or weights and results. float16 is
 # computed in float32 and rounds the results by 2^-11. float32 sums of up to 4095 products stay below 1e-5.
@@ -87,6 +91,25 @@ def test_product_is_right_in_every_dtype_on_every_device(
     name: str, size: tuple[int, int], rows: int, dtype: torch.dtype, device: str
 ) -> None:
     assert_product(cached_case(name, *size), normal(rows, size[1]).to(device, dtype))
+
+
+@pytest.mark.parametrize("size", [(33, 96), (17, 100), (48, 1111)], ids=str)
+@pytest.mark.parametrize("name", MORE_NATIVE_SCHEMES)
+@pytest.mark.usefixtures("isa")
+def test_formats_with_other_scales_and_offsets_multiply_natively(name: str, size: tuple[int, int]) -> None:
+    case = cached_case(name, *size)
+    assert native.takes(case.scheme)
+    for rows in (1, 3, 20, 130):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert_product(case, normal(rows, size[1]).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["w2a16", "w8a16-asym", "w5a16-float", "nf4-dq", "fp8", "q5_1", "q4_k"])
+def test_formats_without_a_kernel_are_left_to_torch(name: str) -> None:
+    case = make_case(name, 33, 256)
+    assert not native.takes(case.scheme)
+    for dtype in BOUNDS:
+        assert_product(case, normal(5, 256).to(dtype))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -160,7 +183,7 @@ def test_row_scales_are_not_rounded_to_bfloat16(rows: int) -> None:
 def test_what_is_selected_computes(isa: str) -> None:
     case, x = make_case("w8a16", 64, 576), normal(1, 576).bfloat16()
     is_described = len(dispatch._kernels.weights)
-    by_torch = reference.linear_w8a16(x, *case.encoded[:2], None, out_features=64)
+    by_torch = reference.linear(x, *case.encoded[:3], scheme=case.scheme, out_features=64, bias=None)
     assert torch.equal(case.linear(x), by_torch) or isa != "torch"
     assert (len(dispatch._kernels.weights) == is_described) == (isa == "torch")
     assert dispatch.kernel_name() == ("torch" if isa == "torch" else f"native-{isa}")

@@ -23,7 +23,7 @@ LIBRARY = native.load().library
 ISAS = [] if LIBRARY is None else [isa for isa in LIBRARY.isas if not LIBRARY.obstacle(isa)]
 SCHEMES = [
     *("w8a16", "w8a16-g16", "w8a16-g1024", "w4a16-g16", "w4a16-g64", "w4a16-g1024"),
-    *("w4a16-g32-sym", "w4a16-g128-sym", "nf4", "fp4"),
+    *("w4a16-g32-sym", "w4a16-g128-sym", "w4a16-row-sym", "nf4", "fp4"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (16, 15), (15, 16), (17, 17), (33, 33), (5, 96), (3, 100), (20, 576), (2, 4095)]  # (out, in)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
 from service.layers.experts import QuantizedExperts, experts_obstacle, forward_experts
-from service.numerics.encode import encode, storage_shapes
+from service.numerics.encode import encode
 from service.numerics.schemes import parse_scheme
+from service.numerics.storage import storage_shapes
 
 NUM_EXPERTS, HIDDEN, INNER = 6, 40, 24
 SCHEMES = ["w8a16", "w4a16-g32", "w4a16-g32-sym", "nf4"]
@@ -64,7 +65,7 @@ def quantize(module: Any, scheme_name: str) -> None:
             num_experts, rows, columns = weight.shape
             layer = QuantizedExperts(num_experts, rows, columns, scheme)
         for index, expert in enumerate(weight):
-            layer.fill_expert(index, encode(expert, scheme))
+            encode(expert, scheme, into=layer.expert_buffers(index))
         delattr(module, name)
         setattr(module, name, layer)
 
@@ -142,7 +143,7 @@ def test_buffers_of_experts_are_those_of_each_encoded_by_itself(scheme: str) -> 
     assert layer.qweight.is_meta
     weights = torch.randn(3, 10, 40)
     for index in (2, 0, 1):
-        layer.fill_expert(index, encode(weights[index], parsed))
+        encode(weights[index], parsed, into=layer.expert_buffers(index))
     assert layer.qweight.shape == (3, *shapes.qweight.shape)
     assert layer.scales.shape == (3, *shapes.scales.shape)
     assert (layer.zero_points is None) == (shapes.zero_points is None)

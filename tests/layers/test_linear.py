@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from service.layers.linear import PackedLinear, QuantizedLinear, UnquantizedLinear, W8A16Linear, quantized_linear
-from service.numerics.encode import decode, encode, storage_shapes
+from service.numerics.encode import decode, encode
 from service.numerics.schemes import parse_scheme
+from service.numerics.storage import storage_shapes
 
 SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
 

@@ -14,7 +14,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, INNER = 2, 32, 1024, 768
 MERGED_BYTES = NUM_EXPERTS * 2 * INNER * HIDDEN * 2
-"""Gate and up of all experts of one layer, which the loader merges into one tensor: two thirds of its experts."""
+"""Gate and up of all experts of one layer, which are merged into one tensor unless they are quantized."""
 OTHER_BYTES = 48 << 20
 """Code, threads and the heap; measured 11 MB for `none`, 25 MB with the encoding threads."""
 
@@ -54,10 +54,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["none", "w8a16", "w4a16"])
-def test_a_load_takes_one_merged_tensor_more_than_its_result_and_less_than_planned(recipe: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "most_bytes"), [("none", MERGED_BYTES + OTHER_BYTES), ("w8a16", OTHER_BYTES), ("w4a16", OTHER_BYTES)]
+)
+def test_a_load_takes_at_most_one_merged_tensor_more_than_its_result_and_less_than_planned(
+    recipe: str, most_bytes: int, folder: Path
+) -> None:
     command = [sys.executable, "-c", SCRIPT, str(folder), recipe]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     beside_result, below_plan = json.loads(result.stdout.splitlines()[-1])
-    assert beside_result <= MERGED_BYTES + OTHER_BYTES
+    assert beside_result <= most_bytes
     assert below_plan >= 0

@@ -11,8 +11,8 @@ import torch
 
 from service.layers.experts import QuantizedExperts
 from service.loading.loader import LoadedModel
-from service.numerics.encode import storage_shapes
 from service.numerics.schemes import parse_scheme
+from service.numerics.storage import storage_shapes
 from tests.engine.support import generate, greedy, make_prompt, running
 from tests.loading.support import load, logits, round_weights, stock
 from tests.models import CONTEXT, MORE_FAMILIES

@@ -291,9 +291,10 @@ def test_progress_ends_with_all_bytes_of_the_checkpoint_read(tmp_path: Path) -> 
     folder = write_checkpoint("llama", tmp_path / "m")
     progress = LoadProgress()
     load_model(LoadOptions(model=str(folder), recipe=parse_recipe("w8a16"), device="cpu"), progress)
-    phase, done, total, _ = progress.snapshot()
+    phase, done, total, _, remaining_s = progress.snapshot()
     assert phase is Phase.LOAD
     assert done == total == sum(tensor.nbytes for tensor in load_file(folder / SINGLE_NAME).values())
+    assert remaining_s == 0
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config(tmp_path: Path) -> None:

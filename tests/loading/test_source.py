@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from service.errors import ModelNotFound, PennyweightError, SettingError
 from service.loading.progress import LoadProgress, Phase
 from service.loading.source import ModelSource, resolve_source
-from tests.hub import COMMIT, serve_hub, use
+from tests.hub import COMMIT, Hub, serve_hub, use
 
 WEIGHT = torch.zeros(1000, dtype=torch.float32)
 
@@ -94,6 +94,18 @@ def test_offline_takes_the_cached_copy(repository: Path, tmp_path: Path, monkeyp
         online = resolve("org/name", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert resolve("org/name", tmp_path / "cache") == online
+
+
+def test_a_hub_out_of_reach_leaves_the_cached_copy(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_hub("org/name", repository) as hub:
+        use(hub, monkeypatch)
+        online = resolve("org/name", tmp_path / "cache")
+    use(Hub("http://127.0.0.1:9"), monkeypatch)  # where nothing listens
+    assert resolve("org/name", tmp_path / "cache") == online
+    with pytest.raises(ModelNotFound, match="org/name is not in the local cache and the hub cannot be reached"):
+        resolve("org/name", tmp_path / "another cache")
 
 
 def test_a_commit_can_be_asked_for(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

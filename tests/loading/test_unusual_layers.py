@@ -12,7 +12,7 @@ from service.errors import CheckpointError
 from service.layers.embedding import QuantizedEmbedding, TiedHead
 from service.loading import integrity
 from service.loading.config import read_model
-from service.loading.quantizer import LoadRecord
+from service.loading.record import LoadRecord
 from service.loading.source import ModelSource
 from tests.families.recipes import CONTEXT, build
 from tests.loading.support import load, logits, round_weights

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from service.errors import QuantizationError
-from service.numerics.affine import QuantizedWeight, dequantize, quantize
+from service.numerics.affine import Bounds, QuantizedWeight, dequantize, quantize
 from service.numerics.schemes import QuantScheme, parse_scheme
 
-SCHEMES = ["w8a16", "w8a16-g32", "w8a16-g128", "w4a16-g64", "w4a16-g128", "w4a16-g64-sym", "w4a16-g128-sym"]
+SCHEMES = [
+    *("w8a16", "w8a16-g32", "w8a16-g128-asym", "w4a16-g64", "w4a16-row", "w4a16-g64-sym", "w4a16-g128-sym"),
+    *("w2a16", "w3a16-g32-sym", "w5a16-g64", "w6a16-row-sym"),
+]
+FLOAT_SCHEMES = ["w8a16-float", "w2a16-float", "w4a16-g64-float", "w6a16-g32-float"]
 WIDTHS = [1, 96, 100, 576, 4095]
 FLOAT32_ROUNDING = 127 * 2**-23  # in steps: of a quotient and a product of at most 127 steps
 
@@ -26,7 +30,7 @@ def normal(rows: int, columns: int, *, seed: int = 0) -> Tensor:
 
 
 def decoded(quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:
-    return dequantize(*quantized, scheme.group_size)
+    return dequantize(*quantized, scheme)
 
 
 def to_numpy(tensor: Tensor | None) -> Array:
@@ -37,16 +41,17 @@ def to_numpy(tensor: Tensor | None) -> Array:
 def oracle(group: Array, scheme: QuantScheme) -> tuple[Array, float, float]:
     """Codes, scale and zero point of one group, in float64 throughout."""
     high, low = float(group.max()), float(group.min())
-    if scheme.bits == 8:
+    steps, half, first = 2**scheme.bits - 1, 2 ** (scheme.bits - 1), -128 if scheme.bits == 8 else 0
+    if scheme.offset == "sym" and scheme.bits == 8:
         scale = max(high, -low) / 127
         return np.clip(np.rint(group / scale), -127, 127), scale, 0
-    if scheme.symmetric:
-        scale = group[np.abs(group).argmax()] / -8
-        return np.clip(np.rint(group / scale), -8, 7) + 8, scale, 8
+    if scheme.offset == "sym":
+        scale = group[np.abs(group).argmax()] / -half
+        return np.clip(np.rint(group / scale), -half, half - 1) + half, scale, half
     high, low = max(high, 0), min(low, 0)
-    scale = (high - low) / 15
-    zero = np.clip(np.rint(-low / scale), 0, 15)
-    return np.clip(np.rint(group / scale) + zero, 0, 15), scale, zero
+    scale = (high - low) / steps
+    zero = first + np.clip(np.rint(-low / scale), 0, steps)
+    return np.clip(np.rint(group / scale) + zero, first, first + steps), scale, zero
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
@@ -55,6 +60,7 @@ def test_codes_equal_a_float64_oracle(name: str, columns: int) -> None:
     scheme = parse_scheme(name)
     weight = normal(9, columns)
     codes, scales, zero_points = quantize(weight, scheme, scale_dtype=torch.float32)
+    assert (zero_points is None) == (scheme.offset == "sym")
     size = scheme.group_size or columns
     num_wrong = 0
     for row in range(9):
@@ -82,13 +88,48 @@ def test_rounding_error_stays_within_the_documented_bound(name: str, columns: in
     scheme = parse_scheme(name)
     weight = normal(64, columns, seed=columns).mul(0.02).to(dtype)
     errors, steps = step_errors(weight, quantize(weight, scheme), scheme)
-    if scheme.bits == 8:
-        bound: Array | float = 1 / 2
-    elif scheme.symmetric:
-        bound = np.where(steps <= 7.5, 1 / 2, 1 + 8 / 256)
-    else:
-        bound = 1 / 2 + 15 / 256
+    half = 2 ** (scheme.bits - 1)
+    bound: Array | float = 1 / 2
+    if scheme.offset == "asym":
+        bound = 1 / 2 + (2**scheme.bits - 1) / 256
+    elif scheme.bits < 8:
+        bound = np.where(steps <= half - 0.5, 1 / 2, 1 + half / 256)
     assert (errors <= bound + FLOAT32_ROUNDING).all()
+
+
+@pytest.mark.parametrize("columns", [96, 4095])
+@pytest.mark.parametrize("name", FLOAT_SCHEMES)
+def test_error_with_a_float_offset_stays_within_the_documented_bound(name: str, columns: int) -> None:
+    scheme = parse_scheme(name)
+    weight = normal(64, columns, seed=columns).mul(0.02)
+    quantized = quantize(weight, scheme)
+    assert quantized.zero_points is None
+    groups = torch.arange(columns) // (scheme.group_size or columns)
+    scales, offsets = quantized.scales.double().view(64, -1, 2)[:, groups].unbind(2)
+    errors = (decoded(quantized, scheme).double() - weight.double()).abs()
+    bound = scales * (1 / 2 + (2**scheme.bits - 1) / 256 + FLOAT32_ROUNDING) + offsets.abs() / 256
+    assert (errors <= bound).all()
+
+
+@pytest.mark.parametrize("name", ["w8a16-float", "w4a16-g64-float"])
+def test_a_float_offset_gives_groups_far_from_zero_all_their_steps(name: str) -> None:
+    scheme = parse_scheme(name)
+    weight = 1 + normal(4, 256).mul(0.1)
+    error = (decoded(quantize(weight, scheme, scale_dtype=torch.float32), scheme) - weight).abs().max()
+    assert error <= 0.6 * (float(weight.max()) - float(weight.min())) / (2**scheme.bits - 1)
+
+
+@pytest.mark.parametrize("name", ["w8a16-tensor-sym", "w8a16-tensor-asym", "w4a16-tensor-float"])
+def test_one_scale_per_tensor_is_that_of_the_extremes(name: str) -> None:
+    scheme = parse_scheme(name)
+    weight = normal(8, 100)
+    weight[5, 5], weight[6, 6] = 40, -30
+    low, high = weight.aminmax()
+    quantized = quantize(weight, scheme, bounds=Bounds(low.view(1, 1, 1), high.view(1, 1, 1)))
+    assert (quantized.scales.view(8, -1) == quantized.scales[0]).all()
+    step = float(quantized.scales[0, 0])
+    assert step == pytest.approx({"sym": 40 / 127, "asym": 70 / 255, "float": 70 / 15}[scheme.offset], rel=1e-6)
+    assert (decoded(quantized, scheme) - weight).abs().max() <= 0.51 * step
 
 
 @pytest.mark.parametrize(
@@ -102,7 +143,7 @@ def test_normal_weights_keep_the_expected_signal_to_noise_ratio(name: str, floor
     assert 20 * float(torch.log10(weight.norm() / noise.norm())) >= floor_db
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, "w3a16-row"])
 def test_groups_of_zeros_decode_to_zeros_with_scale_one(name: str) -> None:
     scheme = parse_scheme(name)
     weight = normal(3, 100)
@@ -113,7 +154,7 @@ def test_groups_of_zeros_decode_to_zeros_with_scale_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, -1.5, 1e-30, 3e38, -3e38])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *FLOAT_SCHEMES])
 def test_constant_groups_decode_to_the_constant_within_the_rounding_of_the_scale(name: str, value: float) -> None:
     scheme = parse_scheme(name)
     quantized = quantize(torch.full((2, 100), value), scheme)
@@ -166,7 +207,7 @@ def test_the_weight_itself_is_left_alone() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [0, 99])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *FLOAT_SCHEMES])
 def test_nan_and_infinity_are_refused(name: str, column: int, value: float) -> None:
     weight = normal(3, 100)
     weight[2, column] = value

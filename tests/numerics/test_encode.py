@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.errors import QuantizationError
-from service.numerics.affine import QuantizedWeight, dequantize, quantize
-from service.numerics.codebook import dequantize_levels, quantize_to_levels
-from service.numerics.encode import CHUNK_WEIGHTS, EncodedWeight, decode, decode_rows, encode, storage_shapes
+from service.numerics.affine import QuantizedWeight
+from service.numerics.encode import CHUNK_WEIGHTS, EncodedWeight, decode, decode_rows, encode
+from service.numerics.rounding import round_rows, weights_of
 from service.numerics.schemes import QuantScheme, parse_scheme
+from service.numerics.storage import storage_shapes
 from tests.numerics.tiles import codes_of, group_values_of, padding_of, zero_points_of
 
 SCHEMES = ["w8a16", "w8a16-g128", "w4a16-g64", "w4a16-g128-sym", "nf4", "fp4"]
+WHOLE = ["absmax", "zeropoint", "nf4-dq"]  # look at the whole tensor
+K_QUANTS = ["q4_k", "q5_k", "q6_k"]
+MORE_SCHEMES = [
+    *("w8a16-asym", "w2a16", "w3a16-row", "w5a16-g32", "w6a16-sym", "w4a16-float", "w8a16-row-float", "w4a16-row-sym"),
+    *("w4a16+mse", "w3a16-asym+mse", "w5a16-row-sym+mse", "w4a16+hqq", "fp8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
+]
 SIZES = [(1, 1), (15, 33), (16, 32), (17, 96), (33, 100), (7, 576), (40, 15), (18, 4095)]
 
 
@@ -41,19 +48,16 @@ def same_buffers(left: EncodedWeight, right: EncodedWeight) -> bool:
 
 
 def rounded(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
-    return quantize_to_levels(weight, scheme) if scheme.codebook else quantize(weight, scheme)
+    return round_rows(weight.float(), scheme)
 
 
 def meant(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """The weights that rounding stands for."""
-    quantized = rounded(weight, scheme)
-    if scheme.codebook:
-        return dequantize_levels(quantized.codes, quantized.scales, scheme)
-    return dequantize(*quantized, scheme.group_size)
+    return weights_of(rounded(weight, scheme), scheme)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES])
 def test_buffers_hold_what_rounding_gives_and_padding_that_changes_nothing(name: str, size: tuple[int, int]) -> None:
     scheme = parse_scheme(name)
     weight = normal(*size).bfloat16()
@@ -71,8 +75,8 @@ def test_buffers_hold_what_rounding_gives_and_padding_that_changes_nothing(name:
         assert not stored_points[size[0] :].any()
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES])
+@settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 300), chunk=st.integers(1, 12000))
 def test_chunks_do_not_change_a_bit(name: str, rows: int, columns: int, chunk: int) -> None:
     scheme = parse_scheme(name)
@@ -84,9 +88,9 @@ def test_chunks_do_not_change_a_bit(name: str, rows: int, columns: int, chunk: i
 
 
 @pytest.mark.usefixtures("four_threads")
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES, *WHOLE, *K_QUANTS])
 def test_threads_do_not_change_a_bit(name: str) -> None:
-    weight = normal(700, 1000)
+    weight = normal(700, 1024)
     by_four = encode(weight, parse_scheme(name))
     torch.set_num_threads(1)
     assert same_buffers(by_four, encode(weight, parse_scheme(name)))
@@ -100,7 +104,7 @@ def test_a_transposed_view_encodes_like_its_copy(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES])
 def test_decode_gives_the_weights_that_rounding_meant(name: str, size: tuple[int, int]) -> None:
     scheme = parse_scheme(name)
     weight = normal(*size)
@@ -128,7 +132,7 @@ def test_a_run_of_strips_decodes_by_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES, *WHOLE])
 def test_planned_shapes_and_bytes_are_those_of_the_buffers(name: str, size: tuple[int, int]) -> None:
     scheme = parse_scheme(name)
     shapes = storage_shapes(*size, scheme)
@@ -150,11 +154,29 @@ def test_planned_shapes_and_bytes_are_those_of_the_buffers(name: str, size: tupl
         ("w4a16-g64", 1536 * 288, 1536 * 9 * 2 + 1536 * 9 // 2),
         ("w4a16-g64-sym", 1536 * 288, 1536 * 9 * 2),
         ("nf4", 1536 * 288, 1536 * 9 * 4),
+        ("nf4-dq", 1536 * 288, 96 * 16 * (9 + 1)),  # the mean and one peak fit into 16 bytes
+        ("w2a16", 1536 * 144, 1536 * 9 * 2 + 1536 * 9 // 2),
+        ("w3a16-sym", 1536 * 216, 1536 * 9 * 2),
+        ("w5a16", 1536 * 360, 1536 * 9 * 3),
+        ("w6a16-float", 1536 * 432, 1536 * 9 * 4),
+        ("w6a16-row", 1536 * 432, 1536 * 5),
+        ("absmax", 1536 * 576, 1536 * 4),
+        ("fp8", 1536 * 576, 1536 * 4),
+        ("q8_0", 1536 * 576, 1536 * 18 * 2),
+        ("q4_0", 1536 * 288, 1536 * 18 * 2),
+        ("q4_1", 1536 * 288, 1536 * 18 * 4),
+        ("q5_1", 1536 * 360, 1536 * 18 * 4),
     ],
 )
 def test_bytes_of_a_real_matrix_equal_a_hand_count(name: str, codes_bytes: int, scales_bytes: int) -> None:
     shapes = storage_shapes(1536, 576, parse_scheme(name))
     assert (shapes.codes_bytes, shapes.scales_bytes) == (codes_bytes, scales_bytes)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625), ("q8_0", 8.5)])
+def test_formats_of_gguf_take_the_bits_that_they_take_there(name: str, bits: float) -> None:
+    shapes = storage_shapes(1536, 768, parse_scheme(name))
+    assert 8 * (shapes.codes_bytes + shapes.scales_bytes) == bits * 1536 * 768
 
 
 def test_bytes_of_an_odd_matrix_include_its_padding() -> None:
@@ -173,13 +195,13 @@ def test_signal_and_noise_are_the_sums_of_squares(name: str, magnitude: float) -
     assert encoded.noise == pytest.approx(float(error.square().sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES, *WHOLE])
 def test_zero_weight_has_no_signal_and_no_noise(name: str) -> None:
     encoded = encode(torch.zeros(4, 100), parse_scheme(name))
     assert (encoded.signal, encoded.noise) == (0, 0)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES, *WHOLE, *K_QUANTS])
 def test_nan_in_the_last_chunk_is_refused(name: str) -> None:
     weight = normal(3, CHUNK_WEIGHTS // 2)
     weight[2, -1] = float("nan")

@@ -24,7 +24,7 @@ from service.numerics.packing import (
 )
 from tests.numerics.tiles import codes_of
 
-BITS = [8, 4]
+BITS = [8, 2, 3, 4, 5, 6]
 
 
 def make_codes(strips: int, tiles: int, bits: int, *, seed: int = 0) -> Tensor:
@@ -32,7 +32,7 @@ def make_codes(strips: int, tiles: int, bits: int, *, seed: int = 0) -> Tensor:
     shape = (strips * STRIP, tiles * K_TILE)
     if bits == 8:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
-    return torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
 
 
 @pytest.mark.parametrize(("size", "strips", "tiles"), [(1, 1, 1), (16, 1, 1), (17, 2, 1), (33, 3, 2), (4095, 256, 128)])

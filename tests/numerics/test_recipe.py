@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from service.errors import RecipeError
-from service.numerics.recipe import Recipe, parse_recipe
+from service.numerics.recipe import Recipe, num_layers, parse_recipe, resolve
 from service.numerics.schemes import NONE, W8A16, parse_scheme
 
 MLP = "model.layers.3.mlp.down_proj"
@@ -80,3 +80,50 @@ def test_same_pattern_twice_is_refused() -> None:
 def test_unknown_scheme_anywhere_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="is not a quantization scheme"):
         parse_recipe(text)
+
+
+def names(num_layers: int) -> list[str]:
+    leaves = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+    return ["lm_head", *(f"model.layers.{index}.{leaf}" for index in range(num_layers) for leaf in leaves)]
+
+
+@pytest.mark.parametrize(
+    ("count", "layers"),
+    [
+        (8, {0, 3, 6, 7}),  # the first and the last, and 3 and 6 of the rule of thirds
+        (16, {0, 1, 4, 7, 10, 13, 14, 15}),
+        (32, {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}),
+    ],
+)
+@pytest.mark.parametrize("base", ["q4_k", "q5_k"])
+def test_a_mixed_scheme_is_that_of_llama_cpp(base: str, count: int, layers: set[int]) -> None:
+    mixed, counts = parse_scheme(f"{base}_m"), num_layers(names(count))
+    resolved = {name: resolve(mixed, name, counts, in_features=512)[0].name for name in names(count)}
+    six_bits = {name for name, scheme in resolved.items() if scheme == "q6_k"}
+    assert six_bits == {
+        f"model.layers.{index}.{leaf}" for index in layers for leaf in ("self_attn.v_proj", "mlp.down_proj")
+    }
+    assert {scheme for name, scheme in resolved.items() if name not in six_bits} == {base}
+
+
+def test_layers_are_counted_by_stack() -> None:
+    counted = num_layers(["encoder.layers.1.fc2", "decoder.layers.4.fc2", "decoder.layers.0.experts.7.w2", "lm_head"])
+    assert counted == {"encoder.layers.": 2, "decoder.layers.": 5}
+
+
+@pytest.mark.parametrize(("scheme", "fallback"), [("q4_k", "q5_0"), ("q5_k_m", "q5_1"), ("q6_k", "q8_0")])
+def test_a_k_quant_falls_back_for_other_rows_than_multiples_of_256(scheme: str, fallback: str) -> None:
+    kept, no_reason = resolve(parse_scheme(scheme), "x", {}, in_features=768)
+    assert (kept.name, no_reason) == (scheme.removesuffix("_m"), "")
+    for in_features in (1, 96, 576, 4095):
+        found, reason = resolve(parse_scheme(scheme), "x", {}, in_features=in_features)
+        assert found.name == fallback
+        assert reason.startswith(f"rows of {in_features} weights are no multiple of 256")
+
+
+def test_other_schemes_mean_what_they_say() -> None:
+    for name in ("w4a16-g64", "q4_0", "nf4-dq", "w8a16-tensor"):
+        assert resolve(parse_scheme(name), "model.layers.0.mlp.down_proj", {}, in_features=100) == (
+            parse_scheme(name),
+            "",
+        )

@@ -21,8 +21,8 @@ from service.cli import main
 from service.commands import bench_kernels
 from service.errors import SettingError
 from service.kernels import dispatch
-from service.numerics.encode import storage_shapes
 from service.numerics.schemes import parse_scheme
+from service.numerics.storage import storage_shapes
 from service.reports.bench_kernels import KernelReport, PackedCopies, find_reader, measure
 from service.reports.bench_options import KernelBench, Shape
 from service.reports.bench_table import print_report

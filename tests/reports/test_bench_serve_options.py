@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_is_refused_with_value_rule_and_remedy(arguments
 def test_a_text_that_is_no_utf_8_is_refused_with_the_place(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"abc\xff")
-    with pytest.raises(SettingError, match="must be UTF-8, and byte 3 is not; convert it"):
+    with pytest.raises(SettingError, match="must be UTF-8, and is not; convert it"):
         _read(f"--text={path}")
 
 

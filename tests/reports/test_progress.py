@@ -30,6 +30,19 @@ def test_each_phase_leaves_a_line_with_its_seconds_and_bytes(caplog: pytest.LogC
     ]
 
 
+def test_a_long_phase_tells_the_time_left_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    always, seldom = LoggedProgress(interval_s=0), LoggedProgress(interval_s=1000)
+    with caplog.at_level(logging.INFO, "service.reports.progress"):
+        for progress in (always, seldom):
+            progress.enter(Phase.LOAD, total_bytes=500)
+            caplog.clear()
+            progress.advance(200)
+            if progress is always:
+                (line,) = caplog.messages
+                assert re.fullmatch(r"load: 200 of 500 bytes, about \d+ s left", line)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("end", [Phase.DRAINING, Phase.FAILED])
 def test_a_phase_that_did_not_end_leaves_no_line(end: Phase, caplog: pytest.LogCaptureFixture) -> None:
     progress = LoggedProgress()

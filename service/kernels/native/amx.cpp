@@ -17,7 +17,7 @@ const pw_kernels *pw_kernels_amx(void) {
                                            sampling::peak_row,
                                            sampling::draw_row,
                                            sampling::read_row,
-                                           attention::Scratch::bytes,
+                                           attention::scratch_bytes,
                                            attention::attend};
     return &kernels;
 }

@@ -26,7 +26,7 @@ struct TileRows {
         tiles = num_tiles(w);
         groups = num_groups(w);
         some = w.group_size % kTile == 0 && (task->regime == PW_AUTO ? task->rows <= kSomeRows : task->regime == PW_FEW);
-        sums = some && w.zero_points;
+        sums = some && needs_sums(w);
     }
     size_t tile_bytes() const { return (size_t)(blocks * tiles * kTileWords) * sizeof(uint16_t); }
     size_t bytes() const { return tile_bytes() + (sums ? (size_t)(blocks * groups * kBlock) * sizeof(float) : 0); }
@@ -67,7 +67,7 @@ inline void pack_tiles(const pw_linear_task *task, const TileRows &plan, int64_t
         }
 }
 
-// totals[16][32] += scales * (sums - zero points * sums of x), for one group and two strips.
+// Adds scaled sums of one group and two strips to totals[16][32], with what zero points or offsets make of sums of x.
 inline void add_group(const Avx512::Scales *scales, const float *x_sums, const float *sums, float *totals) {
     for (int m = 0; m < kBlock; ++m)
         for (int s = 0; s < 2; ++s) {

@@ -8,10 +8,16 @@ namespace {
 
 inline __m512 widen(__m256i bf16) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16); }
 
-inline __m512 scales16(const pw_weight &w, int64_t strip, int64_t group) {
-    const int64_t first = (strip * num_groups(w) + group) * kStrip;
+inline __m512 values16(const pw_weight &w, int64_t first) {
     if (w.scale_type == PW_SCALE_F32) return _mm512_loadu_ps((const float *)w.scales + first);
-    return widen(_mm256_loadu_si256((const __m256i *)((const uint16_t *)w.scales + first)));
+    const __m256i bits = _mm256_loadu_si256((const __m256i *)((const uint16_t *)w.scales + first));
+    return w.scale_type == PW_SCALE_BF16 ? widen(bits) : _mm512_cvtph_ps(bits);
+}
+
+inline __m512 scales16(const pw_weight &w, int64_t strip, int64_t group) { return values16(w, scales_at(w, strip, group)); }
+
+inline __m512 offsets16(const pw_weight &w, int64_t strip, int64_t group) {
+    return values16(w, scales_at(w, strip, group) + kStrip);
 }
 
 inline __m512 zero_points16(const pw_weight &w, int64_t strip, int64_t group) {
@@ -100,27 +106,31 @@ struct Avx512 {
         }
     }
 
-    // What the sums of a group are multiplied with, and what zero points take away.
+    // What the sums of a group are multiplied with, and what zero points take away, or offsets add.
     struct Scales {
-        __m512 scales, zero_points;
-        Scales(const pw_weight &w, int64_t strip, int64_t group) : scales(scales16(w, strip, group)) {
-            zero_points = w.zero_points ? zero_points16(w, strip, group) : _mm512_setzero_ps();
+        bool has_offsets;
+        __m512 scales, shifts;
+        Scales(const pw_weight &w, int64_t strip, int64_t group)
+            : has_offsets(w.has_offsets), scales(scales16(w, strip, group)), shifts(_mm512_setzero_ps()) {
+            if (needs_sums(w)) shifts = has_offsets ? offsets16(w, strip, group) : zero_points16(w, strip, group);
         }
         void accumulate(float *total, const __m512 *sums, const float *x_sum) const {
-            __m512 value = sums[0];
-            if (x_sum) value = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(*x_sum), value);
-            _mm512_store_ps(total, _mm512_fmadd_ps(value, scales, _mm512_load_ps(total)));
+            __m512 value = sums[0], before = _mm512_load_ps(total);
+            if (x_sum && has_offsets) before = _mm512_fmadd_ps(shifts, _mm512_set1_ps(*x_sum), before);
+            if (x_sum && !has_offsets) value = _mm512_fnmadd_ps(shifts, _mm512_set1_ps(*x_sum), value);
+            _mm512_store_ps(total, _mm512_fmadd_ps(value, scales, before));
         }
     };
 
     // Scales decoded weights of a group; group -1: leaves them as they are.
     struct WeightScales {
         bool used;
-        __m512 scales, offsets;
+        __m512 scales, offsets;  // which are subtracted
         WeightScales(const pw_weight &w, int64_t strip, int64_t group) : used(group >= 0) {
             if (!used) return;
             scales = scales16(w, strip, group);
             offsets = w.zero_points ? _mm512_mul_ps(scales, zero_points16(w, strip, group)) : _mm512_setzero_ps();
+            if (w.has_offsets) offsets = _mm512_sub_ps(offsets, offsets16(w, strip, group));
         }
         __m512i apply(__m512i row, int) const {
             if (!used) return row;

@@ -82,33 +82,38 @@ struct FloatVectors {
     }
 
     struct Scales {
-        float scales[kStrip], zero_points[kStrip];
+        float scales[kStrip], zero_points[kStrip] = {}, offsets[kStrip] = {};
         Scales(const pw_weight &w, int64_t strip, int64_t group) {
             load_scales(w, strip, group, scales);
             if (w.zero_points) load_zero_points(w, strip, group, zero_points);
+            if (w.has_offsets) load_offsets(w, strip, group, offsets);
         }
         void accumulate(float *total, const Floats *sums, const float *x_sum) const {
             float folded[kStrip];
             fold(sums, kVectors, folded);
-            for (int n = 0; n < kStrip; ++n)
-                total[n] += (x_sum ? folded[n] - zero_points[n] * *x_sum : folded[n]) * scales[n];
+            const float x = x_sum ? *x_sum : 0;
+            for (int n = 0; n < kStrip; ++n) total[n] += (folded[n] - zero_points[n] * x) * scales[n] + offsets[n] * x;
         }
     };
 
     struct WeightScales {
         bool used;
-        Floats scales[kVectors], offsets[kVectors];
+        Floats scales[kVectors], zero_points[kVectors], offsets[kVectors];
         WeightScales(const pw_weight &w, int64_t strip, int64_t group) : used(group >= 0) {
             if (!used) return;
-            float scale[kStrip], zero_point[kStrip] = {};
+            float scale[kStrip], zero_point[kStrip] = {}, offset[kStrip] = {};
             load_scales(w, strip, group, scale);
             if (w.zero_points) load_zero_points(w, strip, group, zero_point);
+            if (w.has_offsets) load_offsets(w, strip, group, offset);
             for (int lane = 0; lane < 32; ++lane) {
                 scales[lane / LANES][lane % LANES] = scale[lane / 2];
-                offsets[lane / LANES][lane % LANES] = zero_point[lane / 2];
+                zero_points[lane / LANES][lane % LANES] = zero_point[lane / 2];
+                offsets[lane / LANES][lane % LANES] = offset[lane / 2];
             }
         }
-        Floats apply(Floats weights, int v) const { return used ? (weights - offsets[v]) * scales[v] : weights; }
+        Floats apply(Floats weights, int v) const {
+            return used ? (weights - zero_points[v]) * scales[v] + offsets[v] : weights;
+        }
     };
 
     // Four outputs at a time, ROWS of activations: y = x W^T + bias with weights bf16[out][in].

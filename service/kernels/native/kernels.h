@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 enum pw_format { PW_INT8 = 0, PW_TABLE4 = 1, PW_BF16 = 2 };
-enum pw_scale_type { PW_SCALE_F32 = 0, PW_SCALE_BF16 = 1 };
+enum pw_scale_type { PW_SCALE_F32 = 0, PW_SCALE_BF16 = 1, PW_SCALE_F16 = 2 };
 enum pw_dtype { PW_FLOAT32 = 0, PW_BFLOAT16 = 1, PW_FLOAT16 = 2 };
 enum pw_regime { PW_AUTO = 0, PW_FEW = 1, PW_PANEL = 2 };
 enum pw_status { PW_OK = 0, PW_BAD_ARGUMENT = 1, PW_NO_MEMORY = 2, PW_NO_THREADS = 3, PW_NOT_FINITE = 4 };
@@ -30,19 +30,22 @@ enum pw_status { PW_OK = 0, PW_BAD_ARGUMENT = 1, PW_NO_MEMORY = 2, PW_NO_THREADS
 typedef struct pw_weight {
     const void *qweight;          // PW_INT8: int8[S][T * 512] in -127..127; PW_TABLE4: uint8[S][T * 256];
                                   // PW_BF16: bf16[out][in]
-    const void *scales;           // whole rows: [S * 16]; groups: [S][G][16]; PW_BF16: null
+    const void *scales;           // whole rows: [S * 16]; groups: [S][G][16], with offsets [S][G][2][16], scales first;
+                                  // PW_BF16: null
     const uint8_t *zero_points;   // [S][G][8], or null; not for whole rows
     const float *levels;          // PW_TABLE4: [16], what the codes stand for, rounded to bf16 where pairs of it are
                                   // multiplied (AVX-512, AMX); else null
     int64_t out_features, in_features;
     int64_t group_size;           // a multiple of 16, or 0 for whole rows
     int32_t format, scale_type;
+    int32_t has_offsets, unused;  // not with zero points, nor for whole rows
 } pw_weight;
 
 // y[rows][out] = x[rows][in] W^T + bias with strides in elements; bias: [out] or null. All of them are of `dtype`,
 // PW_BFLOAT16 or PW_FLOAT32; PW_BF16 weights take the former only.
-// w = (level - zero_point) * scale; sums in float32, scales applied to the sums of a group (PW_FEW) or, for groups
-// and many rows, to the weights, which for bfloat16 are then rounded to it (PW_PANEL). Whole-row scales: always to the sums.
+// w = (level - zero_point) * scale, or level * scale + offset; sums in float32, scales applied to the sums of a group
+// (PW_FEW) or, for groups and many rows, to the weights, which for bfloat16 are then rounded to it (PW_PANEL). Whole-row
+// scales: always to the sums.
 // Any number of threads may call it at once.
 PW_EXPORT int pw_linear(const pw_weight *weight, const void *x, int64_t rows, int64_t x_stride, void *y,
                         int64_t y_stride, const void *bias, int32_t regime, int32_t dtype);
@@ -75,6 +78,7 @@ typedef struct pw_source {
 
 // Rounds and packs weights into the buffers of `weight`, which are written in spite of const: qweight, scales and, if
 // not null, zero_points; `levels` is not looked at. PW_TABLE4 without zero points and codebook: codes are i - 8.
+// Neither offsets nor PW_SCALE_F16.
 // signal: sum of squares of the weights; noise: of their errors; the same for any number of threads.
 // PW_NOT_FINITE: the weights hold NaN or infinity; what the buffers then hold means nothing.
 PW_EXPORT int pw_encode(const pw_weight *weight, const pw_source *source, double *signal, double *noise);
@@ -126,20 +130,24 @@ typedef struct pw_logprobs {
 } pw_logprobs;
 PW_EXPORT int pw_read_logprobs(const pw_logprobs *task);
 
-// Attention of one token of each of several sequences to all tokens of its own, whose keys and values lie in slots
-// [kv_heads][size]: slot = block * block_size + offset, and row r of `tables` has the blocks of its sequence in order.
-// Query head h reads head h / (heads / kv_heads) of the keys. Scores, weights and sums are float32; what a row gives
-// depends on no other one and on no number of threads. Queries, keys and values with NaN give NaN.
+// Attention of the last tokens of several sequences to all tokens of their own, as far as they come no later; keys and
+// values lie in slots [kv_heads][size]: slot = block * block_size + offset, and a row of `tables` has the blocks of its
+// sequence in order. Query head h reads head h / (heads / kv_heads) of the keys. Scores and sums are float32. Weights
+// are float32 too, but those of several bfloat16 queries of a sequence may be rounded to bfloat16 where pairs of it are
+// multiplied (AVX-512, AMX). What a query gives depends on no other sequence, on no number of threads, and on none of
+// its own sequence's other queries, but for whether there are any. NaN in queries, keys and values gives NaN.
 typedef struct pw_attention {
-    const void *queries;                        // [rows][heads][key_size] of `dtype`, PW_BFLOAT16 or PW_FLOAT32
+    const void *queries;                        // [tokens][heads][key_size] of `dtype`, PW_BFLOAT16 or PW_FLOAT32;
+                                                // tokens: those of all rows, in order
     const void *keys, *values;                  // slots of `dtype`, or of int8 if there are scales
     const uint16_t *key_scales, *value_scales;  // bf16 [slots][kv_heads], which codes are multiplied with, or null
-    const int64_t *tables, *lengths;            // [rows][table_width]; [rows], the tokens of each sequence
+    const int64_t *tables, *table_starts;       // row r: tables[table_starts[r]] up to table_starts[r + 1], excluded
+    const int64_t *lengths, *counts;            // [rows], the tokens of each sequence; how many of them are queries
     const float *sinks;                         // [heads], scores of a token without a value, or null
-    void *out;                                  // [rows][heads][value_size] of `dtype`
+    void *out;                                  // [tokens][heads][value_size] of `dtype`
     int64_t rows, heads, kv_heads, key_size, value_size;
-    int64_t block_size, table_width;            // block_size: a multiple of 16
-    int64_t window;                             // of the last tokens that are seen; 0 for all
+    int64_t block_size;                         // a multiple of 16
+    int64_t window;                             // of the last tokens that a query sees; 0 for all
     int64_t dtype;
     double scaling, softcap;                    // softcap: c tanh(score / c); 0 for none
 } pw_attention;
@@ -160,7 +168,7 @@ PW_EXPORT int pw_select(const char *name);
 PW_EXPORT const char *pw_selected(void);
 
 // Changes whenever this file does, so that a library and its caller are not of different versions.
-#define PW_VERSION 3
+#define PW_VERSION 5
 PW_EXPORT int pw_version(void);
 
 #ifdef __cplusplus

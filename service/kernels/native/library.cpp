@@ -3,6 +3,7 @@
 #include "pool.h"
 #include "table.h"
 
+#include <math.h>
 #include <string.h>
 
 namespace {
@@ -15,6 +16,7 @@ constexpr int64_t kAloneBytes = 64 << 10;         // below it waking another thr
 constexpr int64_t kChunkBytes = 32 << 10;         // the least that a worker takes at a time
 constexpr int64_t kReadChunkBytes = 1 << 20;
 constexpr int64_t kRowsOfOneRead = 4;             // rows that cost no more than reading the weights does
+constexpr int64_t kHeadsOfOneRead = 16;           // query heads that cost no more than reading keys and values does
 
 struct Isa {
     const char *name;
@@ -95,6 +97,7 @@ void multiply_runs(int64_t, int64_t, void *context) {
     for (int64_t begin, end; job.strips.take(&begin, &end);) job.kernels->multiply(&job.task, begin, end, scratch);
 }
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
 // Bytes of the codes of one strip.
@@ -133,9 +136,9 @@ bool is_valid(const pw_weight *w) {
     if (!w || !w->qweight || !is_size(w->out_features) || !is_size(w->in_features)) return false;
     if (w->format == PW_BF16) return !w->scales && !w->zero_points && !w->levels && !w->group_size;
     if (w->format != PW_INT8 && w->format != PW_TABLE4) return false;
-    if (w->scale_type != PW_SCALE_F32 && w->scale_type != PW_SCALE_BF16) return false;
+    if (w->scale_type < PW_SCALE_F32 || w->scale_type > PW_SCALE_F16) return false;
     if (w->group_size < 0 || w->group_size > kMaxSize || w->group_size % 16 != 0) return false;
-    if (w->zero_points && !w->group_size) return false;
+    if (w->zero_points ? w->has_offsets || !w->group_size : w->has_offsets && !w->group_size) return false;
     return w->scales && (w->format == PW_TABLE4) == (w->levels != nullptr);
 }
 
@@ -229,38 +232,71 @@ bool is_valid(const pw_draw &draw, int64_t rows) {
            draw.min_p <= 1 && draw.uniform >= 0 && draw.uniform < 1;
 }
 
-// Rows and heads of keys, each of which is one worker's.
+constexpr int64_t kItemsOfThread = 3;                   // so that threads end at about the same time
+constexpr int64_t kFewestHeads = 12, kMostHeads = 128;  // query heads that an item rearranges keys and values for
+
+// The queries of a row fall into tiles; an item is a tile and a head of keys, and each is one worker's.
 struct AttentionJob {
     const pw_kernels *kernels;
     const pw_attention *task;
     size_t scratch_bytes;
+    int64_t num_queries;
+    double item_work;  // that an item should not exceed
     Pieces items;
+
+    int64_t tile_queries(int64_t row) const {
+        const int64_t repeats = task->heads / task->kv_heads, count = task->counts[row];
+        const int64_t fewest = divide_up(kFewestHeads, repeats), most = clamp(kMostHeads / repeats, 1, kMostHeads);
+        const int64_t even = divide_up(count, (int64_t)ceil(work(row) / item_work));
+        return clamp(clamp(even, fewest, most), 1, count);
+    }
+    int64_t num_tiles(int64_t row) const { return divide_up(task->counts[row], tile_queries(row)); }
+    double work(int64_t row) const { return (double)task->lengths[row] * (double)task->counts[row]; }
 };
 
+// Goes from the last row to the first, as parts of prompts come after single tokens, and from the last tile, which
+// sees most, to the first.
 void attend_items(int64_t, int64_t, void *context) {
     AttentionJob &job = *(AttentionJob *)context;
+    const pw_attention *task = job.task;
     void *scratch = thread_buffer(kScratch, job.scratch_bytes);
     if (!scratch) return;  // as in multiply_runs
-    for (int64_t item; job.items.take(&item);) job.kernels->attend(job.task, item, scratch);
+    int64_t row = task->rows, first = job.num_queries, begin = 0, end = 0;  // a row, its first query, its items
+    for (int64_t item; job.items.take(&item);) {
+        for (; item >= end; end += job.num_tiles(row) * task->kv_heads) {
+            first -= task->counts[--row];
+            begin = end;
+        }
+        const int64_t count = task->counts[row], queries = job.tile_queries(row);
+        const int64_t query = (job.num_tiles(row) - 1 - (item - begin) / task->kv_heads) * queries;
+        const pw_attended attended{row, (item - begin) % task->kv_heads, first + query,
+                                   clamp(queries, 1, count - query), task->lengths[row] - count + query};
+        job.kernels->attend(task, &attended, scratch);
+    }
 }
 
 bool is_valid(const pw_attention *t) {
-    if (!t || !t->queries || !t->keys || !t->values || !t->tables || !t->lengths || !t->out) return false;
-    if (!is_size(t->rows) || !is_size(t->heads) || !is_size(t->kv_heads) || t->heads % t->kv_heads) return false;
-    if (!is_size(t->key_size) || !is_size(t->value_size) || !is_size(t->table_width) || t->window < 0) return false;
+    if (!t || !t->queries || !t->keys || !t->values || !t->tables || !t->table_starts || !t->lengths || !t->counts)
+        return false;
+    if (!t->out || !is_size(t->rows) || !is_size(t->heads) || !is_size(t->kv_heads) || t->heads % t->kv_heads) return false;
+    if (!is_size(t->key_size) || !is_size(t->value_size) || t->window < 0) return false;
     if (!is_size(t->block_size) || t->block_size % 16 || !t->key_scales != !t->value_scales) return false;
     if (t->dtype != PW_BFLOAT16 && t->dtype != PW_FLOAT32) return false;
-    for (int64_t row = 0; row < t->rows; ++row)
-        if (t->lengths[row] < 1 || t->lengths[row] > t->table_width * t->block_size) return false;
+    for (int64_t row = 0; row < t->rows; ++row) {
+        if (t->counts[row] < 1 || t->counts[row] > t->lengths[row] || !is_size(t->lengths[row])) return false;
+        if (t->lengths[row] > (t->table_starts[row + 1] - t->table_starts[row]) * t->block_size) return false;
+    }
     return true;
 }
 
-// Bytes of the keys and values that a task reads.
+// Bytes of the keys and values that a task reads, for the queries of a row as often as that takes about as long.
 int64_t attended_bytes(const pw_attention *t) {
     const int64_t element = t->key_scales ? 1 : t->dtype == PW_BFLOAT16 ? 2 : 4;
     int64_t tokens = 0;
-    for (int64_t row = 0; row < t->rows; ++row)
-        tokens += t->window && t->window < t->lengths[row] ? t->window : t->lengths[row];
+    for (int64_t row = 0; row < t->rows; ++row) {
+        const int64_t seen = t->window && t->window < t->lengths[row] ? t->window : t->lengths[row];
+        tokens += seen * (1 + t->counts[row] * (t->heads / t->kv_heads) / kHeadsOfOneRead);
+    }
     return tokens * t->kv_heads * (t->key_size + t->value_size) * element;
 }
 
@@ -269,7 +305,7 @@ bool is_encodable(const pw_weight *w, const pw_source *source) {
     if (!is_size(w->out_features) || !is_size(w->in_features) || source->row_stride > kMaxSize) return false;
     if (w->out_features > 1 && source->row_stride < w->in_features) return false;
     if (source->dtype < PW_FLOAT32 || source->dtype > PW_FLOAT16) return false;
-    if (w->scale_type != PW_SCALE_F32 && w->scale_type != PW_SCALE_BF16) return false;
+    if ((w->scale_type != PW_SCALE_F32 && w->scale_type != PW_SCALE_BF16) || w->has_offsets) return false;
     if (w->group_size < 0 || w->group_size > kMaxSize || w->group_size % 16 != 0) return false;
     if (w->format == PW_INT8) return !w->zero_points && !source->codebook;
     if (source->codebook && (w->zero_points || w->scale_type != PW_SCALE_F32)) return false;
@@ -359,9 +395,18 @@ int pw_attend(const pw_attention *task) {
     AttentionJob job{};
     job.kernels = selected_isa()->kernels();
     job.task = task;
-    job.scratch_bytes = job.kernels->attention_scratch_bytes(task);
-    job.items.count = task->rows * task->kv_heads;
     const int64_t threads = attended_bytes(task) < kAloneBytes ? 1 : pool.num_threads();
+    double work = 0;
+    for (int64_t row = 0; row < task->rows; ++row) work += job.work(row);
+    job.item_work = threads == 1 ? work : work * (double)task->kv_heads / (double)(kItemsOfThread * threads);
+    int64_t longest = 1;
+    for (int64_t row = 0; row < task->rows; ++row) {
+        const int64_t queries = job.tile_queries(row);
+        job.num_queries += task->counts[row];
+        job.items.count += job.num_tiles(row) * task->kv_heads;
+        longest = longest > queries ? longest : queries;
+    }
+    job.scratch_bytes = job.kernels->attention_scratch_bytes(task, longest);
     const int status = pool.run(clamp(job.items.count, 1, threads), attend_items, &job);
     if (status != PW_OK) return status;
     return job.items.all_taken() ? PW_OK : PW_NO_MEMORY;

@@ -42,15 +42,45 @@ inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even; NaN s
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Scales of 16 outputs in group `group` of a strip, as floats.
-inline void load_scales(const pw_weight &w, int64_t strip, int64_t group, float *scales) {
-    const int64_t first = (strip * num_groups(w) + group) * kStrip;
+inline float f16_to_float(uint16_t bits) {  // of a finite number
+    const uint32_t wide = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, 4);
+    value *= 0x1p112f;  // exponents of float32 are biased by 112 more; exact, of subnormals too
+    uint32_t result;
+    __builtin_memcpy(&result, &value, 4);
+    result |= sign;
+    __builtin_memcpy(&value, &result, 4);
+    return value;
+}
+
+// Whether the sums of activations are needed: where more than a product with codes makes a weight.
+inline bool needs_sums(const pw_weight &w) { return w.zero_points || w.has_offsets; }
+
+// Where the scales of 16 outputs in group `group` of a strip begin, in elements; their offsets follow.
+inline int64_t scales_at(const pw_weight &w, int64_t strip, int64_t group) {
+    return (strip * num_groups(w) + group) * (w.has_offsets ? 2 * kStrip : kStrip);
+}
+
+// 16 elements of `scales`, as floats.
+inline void load_values(const pw_weight &w, int64_t first, float *values) {
     if (w.scale_type == PW_SCALE_F32) {
-        __builtin_memcpy(scales, (const float *)w.scales + first, kStrip * sizeof(float));
+        __builtin_memcpy(values, (const float *)w.scales + first, kStrip * sizeof(float));
         return;
     }
     const uint16_t *bits = (const uint16_t *)w.scales + first;
-    for (int n = 0; n < kStrip; ++n) scales[n] = bf16_to_float(bits[n]);
+    if (w.scale_type == PW_SCALE_BF16)
+        for (int n = 0; n < kStrip; ++n) values[n] = bf16_to_float(bits[n]);
+    else
+        for (int n = 0; n < kStrip; ++n) values[n] = f16_to_float(bits[n]);
+}
+
+inline void load_scales(const pw_weight &w, int64_t strip, int64_t group, float *scales) {
+    load_values(w, scales_at(w, strip, group), scales);
+}
+
+inline void load_offsets(const pw_weight &w, int64_t strip, int64_t group, float *offsets) {
+    load_values(w, scales_at(w, strip, group) + kStrip, offsets);
 }
 
 inline void load_zero_points(const pw_weight &w, int64_t strip, int64_t group, float *zero_points) {
@@ -76,7 +106,7 @@ inline void write_one(const pw_linear_task *task, int64_t row, int64_t output, f
 }
 
 // How the rows of a product are cut into blocks, and where their packed activations lie:
-//   Pair pairs[block][pair of columns][row of the block], then, if there are zero points,
+//   Pair pairs[block][pair of columns][row of the block], then, if there are zero points or offsets,
 //   float group_sums[block][group][row of the block]
 template <class V>
 struct Rows {
@@ -91,7 +121,7 @@ struct Rows {
         count = divide_up(task->rows, block);
         pairs = num_pairs(w);
         groups = num_groups(w);
-        sums = few && w.zero_points;
+        sums = few && needs_sums(w);
         direct = few && V::kReadsBf16 && task->rows <= 4 && w.in_features % kTile == 0 && task->x_stride % 2 == 0 &&
                  (uintptr_t)task->x % 4 == 0;
     }

@@ -23,6 +23,13 @@ struct pw_encode_task {
     double (*sums)[2];
 };
 
+// Some queries of a row, and a head of keys that they attend to.
+struct pw_attended {
+    int64_t row, head;
+    int64_t query, count;  // tokens [query, query + count) of all rows
+    int64_t position;      // of the first of them in their sequence
+};
+
 struct pw_kernels {
     const char *name;
     const pw_kernels *floats;  // the same for float32 activations; null if another instruction set has to do it
@@ -45,9 +52,10 @@ struct pw_kernels {
     void (*find_peak)(const pw_peaks *task, int64_t index, void *scratch);
     void (*draw_token)(const pw_draws *task, int64_t index, void *scratch);
     void (*read_logprobs)(const pw_logprobs *task, int64_t index, void *scratch);
-    // Attends item `index` of a task, one of its rows and heads of keys, with scratch of its own for each worker.
-    size_t (*attention_scratch_bytes)(const pw_attention *task);
-    void (*attend)(const pw_attention *task, int64_t index, void *scratch);
+    // Attends an item of a task, with scratch of its own for each worker that suits items of up to `queries`. Whether a
+    // row has more than one query decides how; into which items its queries fall changes no bit.
+    size_t (*attention_scratch_bytes)(const pw_attention *task, int64_t queries);
+    void (*attend)(const pw_attention *task, const pw_attended *item, void *scratch);
 };
 
 #ifdef __cplusplus

@@ -48,7 +48,7 @@ constexpr pw_kernels kernels_of(const char *name, const pw_kernels *floats = nul
             sampling::peak_row,
             sampling::draw_row,
             sampling::read_row,
-            attention::Scratch::bytes,
+            attention::scratch_bytes,
             attention::attend};
 }
 
