@@ -199,7 +199,7 @@ WRONG_WEIGHTS: dict[str, dict[str, int | None]] = {
     "inputs below 0": {"in_features": -1},
     "huge": {"in_features": 1 << 62},
     "format": {"format": 3},
-    "scale type": {"scale_type": 2},
+    "scale type": {"scale_type": 3},
     "group size": {"group_size": 8},
     "group size below 0": {"group_size": -16},
     "no levels": {"format": 1},
