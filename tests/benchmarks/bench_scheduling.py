@@ -166,7 +166,7 @@ def measure_bookkeeping(num_sequences: int) -> dict[str, Any]:
     }
 
 
-def make_engine() -> TimedEngine:
+def make_engine(num_threads: int) -> TimedEngine:
     """An engine with the shape of SmolLM2-135M and a context for long prompts.
 
     The model is made on a thread that ends, as in the service: while another thread has its own pool, there are more
@@ -179,7 +179,7 @@ def make_engine() -> TimedEngine:
         max_model_len=MAX_MODEL_LEN,
         kv_memory_bytes=1 << 29,
         vocab_size=int(SHAPES["smollm2-135m"]["vocab_size"]),
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads,
         step_budget_ms=STEP_BUDGET_MS,
     )
     engine = TimedEngine(model, config)
@@ -255,12 +255,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=6, help="how often each is measured")
     arguments = parser.parse_args()
+    num_threads = torch.get_num_threads()  # read before an engine with one thread sets it for threads that come later
     with ThreadPoolExecutor(1) as thread:  # as below
         bookkeeping = list(thread.map(measure_bookkeeping, NUM_BOOKKEPT))
-    engine = make_engine()
+    engine = make_engine(num_threads)
     prompts = Prompts(SHAPES["smollm2-135m"]["vocab_size"])
     result = {
-        "machine": describe_machine(torch.get_num_threads()),
+        "machine": describe_machine(num_threads),
         "bookkeeping": bookkeeping,
         "fairness": measure_fairness(engine, prompts, arguments.rounds),
         "prefix": measure_prefix(engine, prompts, arguments.rounds),
