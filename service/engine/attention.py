@@ -7,6 +7,7 @@ A row reads only what its own sequence wrote, or zeros, so that NaN never reache
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -122,15 +123,23 @@ class Step:
         slots: int64[T], where the keys and values of each column are stored.
         fresh_blocks: int64[n], blocks that this step begins and does not fill.
         rows: whose tokens the columns are, in order; for kernels, which attend all of them at once.
-        spans: the same for torch, which attends one of them after the other.
+        make_spans: makes the same for torch, which attends one of them after the other.
     """
 
     kv: KVBlocks
     slots: Tensor
     fresh_blocks: Tensor | None
     rows: Rows
-    spans: list[Span]
+    make_spans: Callable[[], list[Span]]
     entered: set[int] = field(default_factory=set, init=False)
+    made_spans: list[Span] | None = field(default=None, init=False)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Made when the first layer asks: kernels need none, and views of tensors take a while."""
+        if self.made_spans is None:
+            self.made_spans = self.make_spans()
+        return self.made_spans
 
     def append(self, layer_idx: int, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, kv_heads, ..] of one layer.

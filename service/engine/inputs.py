@@ -55,19 +55,12 @@ def pack(works: Sequence[Work], kv: KVBlocks, device: torch.device, *, reads_in_
         integers.add(column)
     ids, positions, slots, tails, fresh, *parts = integers.move(device)
     rows = Rows(*parts)
-    spans: list[Span] = []
-    start = first_row = begin = 0
-    for group, table in zip(groups, tables, strict=True):
-        stop, last_row, end = start + sum(work.count for work in group), first_row + len(group), begin + len(table)
-        block_tables = rows.tables[begin:end].view(len(group), -1)
-        if len(group) > 1:
-            span: Span = Decodes(start, stop, lengths=rows.lengths[first_row:last_row], block_tables=block_tables)
-        else:
-            first_slot = _first_slot(group[0], kv.block_size) if reads_in_place else None
-            span = Chunk(start, stop, position=group[0].position, first_slot=first_slot, block_table=block_tables)
-        spans.append(span)
-        start, first_row, begin = stop, last_row, end
-    return Inputs(ids, positions, tails, Step(kv, slots, fresh if len(fresh) else None, rows, spans))
+
+    def make_spans() -> list[Span]:
+        first_slots = [_first_slot(group[0], kv.block_size) if reads_in_place else None for group in groups]
+        return _spans(groups, tables, rows, first_slots)
+
+    return Inputs(ids, positions, tails, Step(kv, slots, fresh if len(fresh) else None, rows, make_spans))
 
 
 class _Integers:
@@ -155,6 +148,24 @@ def _rows(groups: Sequence[Sequence[Work]], tables: Sequence[array[int]]) -> tup
             lengths.append(work.position + work.count)
             counts.append(work.count)
     return joined, starts, lengths, counts
+
+
+def _spans(
+    groups: Sequence[Sequence[Work]], tables: Sequence[array[int]], rows: Rows, first_slots: Sequence[int | None]
+) -> list[Span]:
+    """One for each group."""
+    spans: list[Span] = []
+    start = first_row = begin = 0
+    for group, table, first_slot in zip(groups, tables, first_slots, strict=True):
+        stop, last_row, end = start + sum(work.count for work in group), first_row + len(group), begin + len(table)
+        block_tables = rows.tables[begin:end].view(len(group), -1)
+        if len(group) > 1:
+            span: Span = Decodes(start, stop, lengths=rows.lengths[first_row:last_row], block_tables=block_tables)
+        else:
+            span = Chunk(start, stop, position=group[0].position, first_slot=first_slot, block_table=block_tables)
+        spans.append(span)
+        start, first_row, begin = stop, last_row, end
+    return spans
 
 
 def _tables(works: Sequence[Work], block_size: int) -> array[int]:

@@ -82,6 +82,21 @@ _SOURCES = (
     "Tseng et al., QuIP#, and Egiazarian et al., AQLM: round to nearest, 2 bits",
 )
 
+_NOTES = (
+    "`wBa16` takes B = 2, 3, 4, 5, 6, 8; `-row`, `-tensor` or `-gN` with N a power of two in 16..1024; `-sym`,",
+    "`-asym` or `-float`; and `+rtn` (round to nearest, the default), `+mse` or `+hqq`. The table has those that",
+    "differ in kind. `mse` looks for the least squared error and `hqq` for a small sum of |error|^0.7; both have float",
+    "offsets, unless `-sym` or `-asym` says otherwise, which `hqq` does not take. Named formats have a fit of their own.",
+    "",
+    "`q4_k_m` and `q5_k_m` give `q6_k` to the projections to values and back from the inner width of the feed-forward",
+    "part, in the first and the last eighth of the layers and every third one between them. Rows that are no multiple",
+    "of 256 weights fall back from `q4_k` to `q5_0`, from `q5_k` to `q5_1` and from `q6_k` to `q8_0`; the report says so.",
+    "",
+    "Schemes with float16 scales, those with a `q`, refuse weights that these cannot hold, from 65,504 on at the",
+    "earliest, and make zeros of weights whose scales would be below 6e-8. `nf4-dq` and one scale per tensor look at a",
+    "whole weight before they store any of it: a load needs memory for the largest one.",
+)
+
 
 def table() -> str:
     """The whole document."""
@@ -110,9 +125,7 @@ def table() -> str:
         "",
         *(f"{number}. {source}" for number, source in enumerate(_SOURCES, 1)),
         "",
-        "`wBa16` takes B = 2, 3, 4, 5, 6, 8; `-row`, `-tensor` or `-gN` with N a power of two in 16..1024; `-sym`,",
-        "`-asym` or `-float`; and `+rtn` (round to nearest, the default), `+mse` or `+hqq`. The table has those that",
-        "differ in kind.",
+        *_NOTES,
         "",
         "`python -m tests.docs.schemes --output docs/schemes.md` writes this file; the figures of the demo model are",
         "",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from service.errors import RecipeError
@@ -138,11 +135,3 @@ def test_impossible_combination_says_why_and_what_is_possible(text: str, rule: s
 def test_group_size_that_is_no_power_of_two_in_range_is_refused(size: int) -> None:
     with pytest.raises(RecipeError, match=rf"group size of {size}, it must be a power of two in 16..1024; use"):
         parse_scheme(f"w4a16-g{size}")
-
-
-def test_the_documentation_has_a_line_for_every_named_format_and_each_of_its_schemes_is_read() -> None:
-    document = (Path(__file__).parents[2] / "docs" / "schemes.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([^`]+)` \|", document, flags=re.MULTILINE)
-    assert {"none", "absmax", "zeropoint", *NAMED} <= set(listed)
-    for text in listed:
-        parse_scheme(text)
