@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,14 +27,14 @@ from service.engine.probe import num_probed_tokens
 from service.engine.sizing import device_memory, kv_memory_bytes
 from service.errors import CheckpointError, SettingError, UnsupportedModel
 from service.loading.artifact import is_artifact
-from service.loading.artifact_cache import CacheOptions
+from service.loading.artifact_cache import CacheOptions, cache_folder
 from service.loading.artifact_writer import CacheWriter
 from service.loading.fidelity_report import NUM_TOKENS, Fidelity
 from service.loading.fidelity_run import FidelityCheck
 from service.loading.loader import LoadedModel, load_model, peak_bytes
 from service.loading.plan import Limits
 from service.loading.planning import LoadOptions
-from service.loading.progress import Phase
+from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 from service.metrics import ModelFigures
 from service.numerics.recipe import parse_recipe
@@ -84,10 +83,7 @@ def load(settings: Settings, state: ServiceState) -> Loaded:
     max_model_len = _max_model_len(settings, loaded)
     tokenizer, eos_token_ids = _load_tokenizer(loaded, trust_remote_code=settings.trust_remote_code)
     matchers = _make_matchers(tokenizer, loaded.vocab_size, eos_token_ids)
-    probe = encode_probe(tokenizer, PROBE_TEXTS, vocab_size=loaded.vocab_size, length=NUM_TOKENS)
-    fidelity = FidelityCheck(loaded, probe)
-    if _compares_first(settings):
-        fidelity.run_first(state.progress, num_threads=num_threads, max_kl=settings.max_kl)
+    fidelity = compared_first(settings, loaded, tokenizer, state.progress)
     engine = Engine(
         loaded.model,
         _engine_config(settings, loaded, max_model_len=max_model_len, num_threads=num_threads),
@@ -136,6 +132,21 @@ def _final_report(loaded: LoadedModel, fidelity: Fidelity, device: torch.device,
     )
 
 
+def compared_first(
+    settings: Settings, loaded: LoadedModel, tokenizer: PreTrainedTokenizerFast, progress: LoadProgress
+) -> FidelityCheck:
+    """The comparison of a model with its original; it is made here, with torch's threads, if settings want it first.
+
+    Raises:
+        FidelityError: the KL is more than `--max-kl`, or is not known.
+    """
+    probe = encode_probe(tokenizer, PROBE_TEXTS, vocab_size=loaded.vocab_size, length=NUM_TOKENS)
+    fidelity = FidelityCheck(loaded, probe)
+    if _compares_first(settings):
+        fidelity.run_first(progress, num_threads=torch.get_num_threads(), max_kl=settings.max_kl)
+    return fidelity
+
+
 def _compares_first(settings: Settings) -> bool:
     return settings.fidelity == "before-ready" or settings.max_kl is not None
 
@@ -151,6 +162,7 @@ def load_options(settings: Settings) -> LoadOptions:
     """What settings say about loading."""
     return LoadOptions(
         artifacts=_cache_options(settings),
+        verify=settings.verify,
         compares_first=_compares_first(settings),
         model=settings.model or str(model_folder()),
         recipe=parse_recipe(settings.quantize),
@@ -166,16 +178,15 @@ def load_options(settings: Settings) -> LoadOptions:
 
 
 def _cache_options(settings: Settings) -> CacheOptions | None:
-    """Where quantized models are kept: in a folder of `--cache-dir`, else of the user's cache."""
+    """Where quantized models are kept, if anywhere."""
     if settings.cache_limit == 0:
         return None
     try:
-        cache = settings.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        folder = cache.expanduser().absolute() / "pennyweight"
+        folder = cache_folder(settings.cache_dir)
     except RuntimeError:  # a user without a home
         logger.warning("the quantized model is not cached: this user has no home; set --cache-dir")
         return None
-    return CacheOptions(folder=folder, limit_bytes=settings.cache_limit, verify=settings.verify)
+    return CacheOptions(folder=folder, limit_bytes=settings.cache_limit)
 
 
 def _make_matchers(tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> Matchers | None:
@@ -222,7 +233,7 @@ def read_tokenizer(folder: Path, name: str, *, trust_remote_code: bool) -> PreTr
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # it takes the files as they come, and fails in any way
         reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(f"{name}: its tokenizer does not load ({reason}); add tokenizer.json") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:

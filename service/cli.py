@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PennyweightError as error:
         print(f"pennyweight: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("pennyweight: interrupted", file=sys.stderr)
+        return 130  # as shells count a signal
     except BrokenPipeError:  # who read it has enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush fails
         return 1

@@ -66,22 +66,23 @@ def quantize(output: Path, settings: Settings, *, as_json: bool) -> int:
     """Write the quantized model into a folder of its own, and print what it takes; returns the exit code.
 
     Raises:
-        ModelError: the model cannot be loaded or quantized, or a file cannot be written.
+        ModelError: the model cannot be loaded or quantized, loses more than `--max-kl`, or cannot be written.
         SettingError: a setting does not fit the model or the machine.
     """
     if parse_recipe(settings.quantize).is_none:
         raise SettingError("--quantize none: there is nothing to quantize; serve the model itself")
-    if settings.model is not None and is_artifact(Path(settings.model).expanduser()):
+    if settings.model is not None and is_artifact(Path(os.path.expanduser(settings.model))):
         raise SettingError(f"{settings.model} is quantized already; copy it")
-    from service.assembly import read_tokenizer
+    from service.assembly import compared_first, read_tokenizer
     from service.loading.artifact_export import export_artifact
     from service.loading.loader import load_model
     from service.loading.progress import Phase
     from service.reports.progress import shown_load
 
     with shown_load() as progress:
-        loaded = load_model(replace(_measuring_options(settings), artifacts=None), progress)
+        loaded = load_model(_measuring_options(settings), progress)
         tokenizer = read_tokenizer(loaded.folder, loaded.name, trust_remote_code=False)
+        fidelity = compared_first(settings, loaded, tokenizer, progress).result()
         progress.enter(Phase.WARMUP, loaded.contents.num_bytes)
         export_artifact(loaded, output, save_tokenizer=tokenizer.save_pretrained, on_bytes=progress.advance)
     report = loaded.report
@@ -92,6 +93,7 @@ def quantize(output: Path, settings: Settings, *, as_json: bool) -> int:
         "original_bytes": report.original_bytes,
         "quantized_bytes": report.weight_bytes.total,
         "saving_ratio": report.saving_ratio,
+        "kl_mean_nats": fidelity.kl_mean_nats,
         "system_fingerprint": report.fingerprint,
     }
     if as_json:

@@ -240,8 +240,8 @@ def model_name(settings: Settings) -> str:
         return settings.served_model_name
     if settings.model is None:
         return _DEMO_NAME
-    folder = Path(settings.model).expanduser()
-    return folder.resolve().name if folder.is_dir() else settings.model
+    folder = os.path.expanduser(settings.model)
+    return Path(folder).resolve().name if os.path.isdir(folder) else settings.model
 
 
 def as_quantized(settings: Settings) -> Settings:

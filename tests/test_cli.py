@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -279,3 +280,13 @@ def test_a_reader_who_has_enough_ends_a_command_quietly(words: tuple[str, ...]) 
     result = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write)
     assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_an_interrupted_command_ends_without_a_traceback(tmp_path: Path) -> None:
+    pipe = tmp_path / "settings.toml"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "service", "quantize", "--config", str(pipe), "--output", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process, pipe.open("w"):
+        process.send_signal(signal.SIGINT)  # while it waits for what is in the pipe
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "pennyweight: interrupted\n")

@@ -198,8 +198,8 @@ def _manifest(fields: dict[str, Any]) -> Manifest:
             raise ValueError("tensors that do not follow one another")
         position += tensor.num_bytes
         before = tensor.dtype
-    if not isinstance(manifest.recipe, str) or manifest.dtype not in ITEM_BYTES:
-        raise ValueError("a recipe or dtype that is none")
+    if not isinstance(manifest.recipe, str) or manifest.dtype not in ITEM_BYTES or not isinstance(manifest.facts, dict):
+        raise ValueError("a recipe, dtype or facts that are none")
     return manifest
 
 

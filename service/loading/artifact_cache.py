@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import transformers
@@ -54,12 +54,10 @@ class CacheOptions:
 
     Attributes:
         limit_bytes: of all of them together.
-        verify: `block` compares what is read with the checksums of its blocks, `full` with the sha256 of all too.
     """
 
     folder: Path
     limit_bytes: int
-    verify: Literal["block", "full"] = "block"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,10 +135,8 @@ class CacheTicket:
             _remove_tree(leftover)
         facts = _with_source(self.facts, files)
         folder = cache / artifact_key(facts)
-        if folder.exists():
-            if not self.is_damaged:
-                return False
-            _remove(folder)
+        if folder.exists() and not (self.is_damaged and _remove(folder)):
+            return False
         if not _make_room(cache, contents.num_bytes, self.options.limit_bytes):
             return False
         being_written = folder.with_suffix(_LEFTOVER)
@@ -155,6 +151,25 @@ class CacheTicket:
         self.is_damaged = False
         logger.info("the quantized model is cached in %s, %d bytes", folder, stored_bytes(folder))
         return True
+
+
+def cache_folder(cache_dir: Path | None) -> Path:
+    """Where artifacts are kept: in a folder of `--cache-dir`, else of the user's cache.
+
+    Raises:
+        RuntimeError: neither is there: the user has no home.
+    """
+    cache = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return cache.expanduser().absolute() / "pennyweight"
+
+
+def cached_artifacts(cache: Path) -> dict[Path, int]:
+    """The artifacts in a cache, and the bytes of each.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    return {entry: stored_bytes(entry) for entry in cache.iterdir() if _KEY.fullmatch(entry.name) and entry.is_dir()}
 
 
 def look_up(
@@ -222,7 +237,7 @@ def _make_room(cache: Path, num_bytes: int, limit_bytes: int) -> bool:
             "the quantized model is not cached: it has %d bytes, --cache-limit %d; raise it", num_bytes, limit_bytes
         )
         return False
-    entries = {entry: stored_bytes(entry) for entry in cache.iterdir() if _KEY.fullmatch(entry.name) and entry.is_dir()}
+    entries = cached_artifacts(cache)
     for entry in sorted(entries, key=_last_use):
         if sum(entries.values()) + num_bytes <= limit_bytes:
             break

@@ -42,7 +42,7 @@ class LoadArtifact:
         self.ticket: CacheTicket | None = None
         self._opened: OpenArtifact | None = None
         self._is_model = is_artifact(source.folder)
-        self._verify_full = options.artifacts is not None and options.artifacts.verify == "full"
+        self._verify_full = options.verify == "full"
         if self._is_model:
             self._opened = OpenArtifact(source.folder)
         elif options.artifacts is not None and not options.recipe.is_none:

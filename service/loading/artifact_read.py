@@ -190,8 +190,12 @@ def restore_model(
     """
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(opened.read, on_bytes, verify_full=verify_full)
-        model, record = _empty_model(served, recipe, dtype)
-        _install(model, opened.manifest, reading.result())
+        try:
+            model, record = _empty_model(served, recipe, dtype)
+            _install(model, opened.manifest, reading.result())
+        finally:
+            # Else an error and this would hold each other, and all that was read, until garbage is collected.
+            del reading
     record.encoded.update({name: EncodedLayer(*sums) for name, sums in opened.manifest.layers.items()})
     return model, record
 

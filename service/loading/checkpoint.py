@@ -35,12 +35,18 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, on_bytes: Callable[[int], None]) -> None:
+        """Open the shards and read their headers.
+
+        Raises:
+            ModelNotFound: there are no shards.
+            CheckpointError: one is missing, damaged or cannot be read.
+        """
         self.meter = ReadMeter(on_bytes)
         self.refs: dict[str, TensorRef] = {}
         self._fds: list[int] = []
         try:
             for path in shard_paths(folder):
-                self._add_shard(path)
+                self._open_shard(path)
         except BaseException:
             self.close()
             raise
@@ -63,9 +69,16 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _add_shard(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._fds.append(fd)
+    def _open_shard(self, path: Path) -> None:
+        try:
+            self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            self._add_shard(path, self._fds[-1])
+        except OSError as error:
+            raise CheckpointError(
+                f"{path.name} cannot be read ({error.strerror}); make it readable, or download it again"
+            ) from error
+
+    def _add_shard(self, path: Path, fd: int) -> None:
         for ref in self._pickled(path, fd) if path.suffix == PICKLE_SUFFIX else self._tensors(path, fd):
             if ref.name in self.refs:
                 raise CheckpointError(

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def read_model(source: ModelSource, *, trust_remote_code: bool) -> ServedModel:
         model_class=model_class,
         config=text_config,
         dtype=getattr(config, "dtype", None) or getattr(text_config, "dtype", None),
-        eos_token_ids=_eos_token_ids(source.folder, config),
+        eos_token_ids=_eos_token_ids(source, config),
         context_length=_context_length(text_config),
         is_text_part=text_config is not config,
     )
@@ -108,10 +107,14 @@ def _read_json(source: ModelSource) -> dict[str, Any]:
     if is_artifact(source.folder):
         return own_config(source.folder)
     path = source.folder / "config.json"
-    if not path.is_file():
-        raise ModelNotFound(f"{source.name} has no config.json; give the directory of a Hugging Face model")
     try:
+        if not path.is_file():
+            raise ModelNotFound(f"{source.name} has no config.json; give the directory of a Hugging Face model")
         fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{source.name}: config.json cannot be read ({error.strerror}); make it readable"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{source.name}: config.json does not parse ({first_line(error)}); download it again"
@@ -254,11 +257,17 @@ def _context_length(config: PreTrainedConfig) -> int:
     return length - config.pad_token_id - 1 if config.model_type in _COUNTS_FROM_PADDING else length
 
 
-def _eos_token_ids(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
+def _eos_token_ids(source: ModelSource, config: PreTrainedConfig) -> frozenset[int]:
     """From the generation config where there is one; it may list several."""
-    has_generation_config = (folder / "generation_config.json").is_file()
-    sources: list[Any] = [GenerationConfig.from_pretrained(folder)] if has_generation_config else []
-    sources += [config, config.get_text_config()]
+    sources: list[Any] = [config, config.get_text_config()]
+    if (source.folder / "generation_config.json").is_file():
+        try:
+            sources.insert(0, GenerationConfig.from_pretrained(source.folder))
+        except Exception as error:  # it checks values in any way
+            raise CheckpointError(
+                f"{source.name}: generation_config.json cannot be used ({type(error).__name__}); make it readable, "
+                "download it again or remove it"
+            ) from error
     found = (getattr(source, "eos_token_id", None) for source in sources)
     eos: int | list[int] = next((ids for ids in found if ids is not None), [])
     return frozenset([eos] if isinstance(eos, int) else eos)

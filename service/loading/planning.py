@@ -5,9 +5,11 @@ A model of the hub is planned from its headers there, so that one that does not 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from transformers.utils import logging as transformers_logging
 
@@ -44,6 +46,7 @@ class LoadOptions:
         compares_first: the model is to be compared with its original before it is ready.
         watch: sees each piece of a weight once it is encoded.
         artifacts: where quantized models are kept for the next start; None: nowhere.
+        verify: of an artifact: `block` compares the checksums of its blocks, `full` the sha256 of all of it too.
     """
 
     model: str
@@ -59,6 +62,7 @@ class LoadOptions:
     compares_first: bool = False
     watch: Watch | None = None
     artifacts: CacheOptions | None = None
+    verify: Literal["block", "full"] = "block"
 
 
 def plan_model(options: LoadOptions, progress: LoadProgress) -> LoadPlan:
@@ -97,7 +101,7 @@ def as_quantized(options: LoadOptions) -> LoadOptions:
         SettingError: others were asked for.
         ArtifactError: it is damaged.
     """
-    folder = Path(options.model).expanduser()
+    folder = Path(os.path.expanduser(options.model))
     if not is_artifact(folder):
         return options
     manifest = read_manifest(folder)
@@ -194,7 +198,7 @@ def _plan_on_hub(options: LoadOptions, progress: LoadProgress) -> LoadPlan | Non
 
 
 def _is_local(options: LoadOptions) -> bool:
-    return Path(options.model).expanduser().is_dir()
+    return os.path.isdir(os.path.expanduser(options.model))
 
 
 def _find(options: LoadOptions, progress: LoadProgress, *, with_weights: bool) -> tuple[ModelSource, ServedModel]:

@@ -61,14 +61,18 @@ def index_shards(index: Path) -> list[str]:
     """The file names that a shard index names, sorted.
 
     Raises:
-        CheckpointError: the index is damaged, or names something outside of its folder.
+        CheckpointError: the index cannot be read, is damaged, or names nothing, or something outside of its folder.
     """
     try:
         names = sorted(
             {str(Path(name)) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         )
+    except OSError as error:
+        raise CheckpointError(f"{index.name} cannot be read ({error.strerror}); make it readable") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index.name} is damaged ({error}); download the file again") from error
+    if not names:
+        raise CheckpointError(f"{index.name} is damaged (it names no shards); download the file again")
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index.name} names a shard outside of its folder; use a trusted checkpoint")
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ def resolve_source(
         ModelNotFound: no such directory, repository or revision; gated; or offline without a local copy.
         SettingError: the cache directory cannot be written; or a revision of a local directory.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):  # of a name that is no path too
         if revision is not None:
             raise SettingError(f"--revision {revision}: {model} is a local directory; revisions exist on the hub only")
         return ModelSource(folder=folder, name=folder.resolve().name, revision=LOCAL)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from service.api.listener import open_port
 from service.errors import PennyweightError, SettingError
 from service.kernels import dispatch
 from service.loading import memory
+from service.loading.artifact_cache import cache_folder, cached_artifacts
 from service.loading.control_group import ControlGroups
 from service.reports.hardware import cpu_name
 from service.reports.machine import ThreadLimits, thread_limits
@@ -49,6 +51,7 @@ class Diagnosis:
     Attributes:
         libraries: versions of the packages that matter most.
         hub: where models of the hub are kept, and where its token comes from.
+        artifacts: where quantized models are kept for the next start, and how much of them.
         settings: those in force; empty if they are wrong.
     """
 
@@ -62,6 +65,7 @@ class Diagnosis:
     devices: list[dict[str, Any]]
     memory: dict[str, int | None]
     hub: dict[str, Any]
+    artifacts: dict[str, Any]
     settings: dict[str, Any]
     problems: list[Problem]
 
@@ -104,6 +108,7 @@ def examine(settings: Mapping[str, Any], setting_errors: Sequence[str] = ()) -> 
         devices=devices,
         memory=_memory(),
         hub=hub,
+        artifacts=_artifacts(settings),
         settings=dict(settings),
         problems=problems,
     )
@@ -191,16 +196,41 @@ def _memory() -> dict[str, int | None]:
 
 def _hub(settings: Mapping[str, Any]) -> dict[str, Any]:
     cache_dir = Path(settings.get("cache_dir") or constants.HF_HUB_CACHE).expanduser()
-    nearest = next(path for path in (cache_dir, *cache_dir.absolute().parents) if os.path.exists(path))
     blobs = cache_dir.glob("models--*/blobs/*")
     token = "--hf-token-file" if settings.get("hf_token_file") else "HF_TOKEN" if os.environ.get("HF_TOKEN") else None
     return {
         "cache_dir": str(cache_dir),
-        "is_writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        "is_writable": _is_writable(cache_dir),
         "cache_bytes": sum(blob.stat().st_size for blob in blobs),
         "token": token,
         "is_offline": constants.HF_HUB_OFFLINE,
     }
+
+
+def _artifacts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache of quantized models; no folder where the user has none, or nothing is to be kept."""
+    limit_bytes, cache_dir = settings.get("cache_limit"), settings.get("cache_dir")
+    try:
+        folder = None if limit_bytes == 0 else cache_folder(Path(cache_dir) if cache_dir else None)
+    except RuntimeError:
+        folder = None
+    sizes: dict[Path, int] = {}
+    if folder is not None:
+        with suppress(OSError):  # it is yet to be made, or is another user's
+            sizes = cached_artifacts(folder)
+    return {
+        "cache_dir": None if folder is None else str(folder),
+        "is_writable": folder is not None and _is_writable(folder),
+        "count": len(sizes),
+        "cache_bytes": sum(sizes.values()),
+        "limit_bytes": limit_bytes,
+    }
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which may be yet to be made itself."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def _setting_problems(
@@ -213,7 +243,7 @@ def _setting_problems(
         text = f"{available} bytes of memory are available, and the demo model takes up to {_DEMO_BYTES}"
         yield Problem("error", text, "end other programs, or raise the limit of the control group")
     if not hub["is_writable"]:
-        is_needed = model is not None and not Path(model).expanduser().is_dir()
+        is_needed = model is not None and not os.path.isdir(os.path.expanduser(model))
         text = f"{hub['cache_dir']}: the cache directory cannot be written"
         yield Problem("error" if is_needed else "warning", text, "give a writable --cache-dir")
     if threads != "auto" and threads > limits.num_threads:

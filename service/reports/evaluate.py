@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -103,7 +105,7 @@ def evaluate(
         ModelError: the model cannot be loaded; DoesNotFit: with one of the recipes it needs more memory than there is.
     """
     prepare_process(options)
-    if is_artifact(Path(options.model).expanduser()):
+    if is_artifact(Path(os.path.expanduser(options.model))):
         raise UnsupportedModel(
             f"{options.model} was quantized before, and has no full-precision weights to compare with; give the model "
             "that it was made from"
@@ -124,6 +126,7 @@ def evaluate(
         for recipe in quantized:
             steps.begin(recipe.text)
             rows.append(_evaluate_one(evaluator, replace(options, recipe=recipe), steps))
+            gc.collect()  # models refer to themselves: the next one would come beside this one
             trim_heap()
     return EvaluationReport(
         model=source.name,

@@ -171,8 +171,14 @@ def test_a_grammar_that_is_large_in_theory_is_served_or_ends_with_its_reason(
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if any(part.endswith("grammar_worker.py") for part in child.cmdline())]
+    return [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return any(part.endswith("grammar_worker.py") for part in process.cmdline())
+    except psutil.NoSuchProcess:  # what another test began has ended
+        return False
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.kernels.native import takes
-from service.numerics.recipe import parse_recipe
+from service.numerics.recipe import num_layers, parse_recipe, resolve
 from service.numerics.schemes import QuantScheme, parse_scheme
 from service.numerics.storage import storage_shapes
 from tests.floors import ROOT
@@ -17,6 +17,13 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results" / "evaluate_2026-11-22.json"
 """What `pennyweight evaluate --json` found; the command stands in the document."""
 SIDE = 4096
 """Of the weight whose bits are counted."""
+NUM_LAYERS = 32
+MIXED_LAYERS = {
+    **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (11008, 4096) for name in ("gate", "up")},
+    "mlp.down_proj": (4096, 11008),
+}
+"""Weights (out, in) of each layer of Llama 2 7B."""
 
 
 class Row(NamedTuple):
@@ -51,7 +58,7 @@ ROWS = (
     Row("w4a16-g32", "", "4 bits with small groups"),
     Row("w4a16-g64", "", "plain 4 bits, quick to encode"),
     Row("w4a16-g64-float", "", "zero points that need not be whole: a little better, a little larger"),
-    Row("w4a16-g64+mse", "", "the best plain 4 bits: scales and offsets fitted by least squares"),
+    Row("w4a16-g64+mse", "", "the best plain 4.5 bits: scales and offsets fitted by least squares"),
     Row("w4a16-g64+hqq", "", "fitted by HQQ's solver, for weights with outliers"),
     Row("w4a16-g128", "+0.26, Llama 2 7B [3]", "4 bits and as few more as is sensible"),
     Row("w4a16-g128-sym", "", "no zero points, and the fewest bits of the plain 4-bit schemes with groups"),
@@ -85,12 +92,14 @@ _SOURCES = (
 _NOTES = (
     "`wBa16` takes B = 2, 3, 4, 5, 6, 8; `-row`, `-tensor` or `-gN` with N a power of two in 16..1024; `-sym`,",
     "`-asym` or `-float`; and `+rtn` (round to nearest, the default), `+mse` or `+hqq`. The table has those that",
-    "differ in kind. `mse` looks for the least squared error and `hqq` for a small sum of |error|^0.7; both have float",
-    "offsets, unless `-sym` or `-asym` says otherwise, which `hqq` does not take. Named formats have a fit of their own.",
+    "differ in kind. `mse` looks for the least squared error and `hqq` for a small sum of |error|^0.7; both have",
+    "float offsets, unless `-sym` or `-asym` says otherwise, which `hqq` does not take. Named formats have a fit of",
+    "their own.",
     "",
     "`q4_k_m` and `q5_k_m` give `q6_k` to the projections to values and back from the inner width of the feed-forward",
-    "part, in the first and the last eighth of the layers and every third one between them. Rows that are no multiple",
-    "of 256 weights fall back from `q4_k` to `q5_0`, from `q5_k` to `q5_1` and from `q6_k` to `q8_0`; the report says so.",
+    "part, in the first and the last eighth of the layers and every third one between them. Rows that are no",
+    "multiple of 256 weights fall back from `q4_k` to `q5_0`, from `q5_k` to `q5_1` and from `q6_k` to `q8_0`; the",
+    "report says so.",
     "",
     "Schemes with float16 scales, those with a `q`, refuse weights that these cannot hold, from 65,504 on at the",
     "earliest, and make zeros of weights whose scales would be below 6e-8. `nf4-dq` and one scale per tensor look at a",
@@ -109,8 +118,9 @@ def table() -> str:
         "What a weight can be stored as, what that takes, and what it costs. Every scheme is one for a recipe",
         "(`--quantize`), alone or for some modules; see the README.",
         "",
-        f"- bits: of all buffers of a weight of {SIDE} x {SIDE}, for each of its numbers. Output heads and tied",
-        "  embeddings are `w8a16` whatever the recipe, so that a whole model has some more.",
+        f"- bits: of all buffers of a weight of {SIDE} x {SIDE}, for each of its numbers; `_m` of the linear weights",
+        "  of Llama 2 7B. Output heads and tied embeddings are `w8a16` whatever the recipe, so that a whole model has",
+        "  some more.",
         "- speed: on a CPU `native` schemes are multiplied by the native kernels; others are decoded by torch for each",
         "  product, which is many times slower. All are right everywhere.",
         "- published: how much higher the perplexity of a large model is, as others found; their quantizers are like",
@@ -143,12 +153,22 @@ def bits_per_weight(scheme: QuantScheme) -> float:
     return 8 * (shapes.codes_bytes + shapes.scales_bytes) / SIDE**2
 
 
+def mixed_bits_per_weight(scheme: QuantScheme) -> float:
+    """Of the linear weights of `MIXED_LAYERS`, which get different formats."""
+    names = {f"layers.{i}.{name}": size for i in range(NUM_LAYERS) for name, size in MIXED_LAYERS.items()}
+    counts, bits = num_layers(names), 0.0
+    for name, (out_features, in_features) in names.items():
+        kind, _ = resolve(scheme, name, counts, in_features=in_features)
+        shapes = storage_shapes(out_features, in_features, kind)
+        bits += 8 * (shapes.codes_bytes + shapes.scales_bytes)
+    return bits / sum(out_features * in_features for out_features, in_features in names.values())
+
+
 def _line(row: Row, found: dict[str, Any]) -> str:
     scheme = parse_scheme(row.scheme)
     same = "" if scheme.name == row.scheme else f" = `{scheme.name}`"
-    kinds = [parse_scheme(name) for name in (row.scheme.removesuffix("_m"), "q6_k")] if scheme.is_mixed else [scheme]
-    bits = " to ".join(f"{bits_per_weight(kind):.6g}" for kind in kinds)
-    speed = "native" if scheme.is_none or all(map(takes, kinds)) else "torch"
+    bits = f"{mixed_bits_per_weight(scheme):.3g}" if scheme.is_mixed else f"{bits_per_weight(scheme):.6g}"
+    speed = "native" if scheme.is_none or (not scheme.is_mixed and takes(scheme)) else "torch"
     figures = found[parse_recipe(row.scheme).text]
     loss = figures["perplexity"] / found["none"]["perplexity"] - 1
     measured = f"{figures['kl_mean_nats']:.5f} | {figures['top1_ratio']:.1%} | {loss:+.2%}"

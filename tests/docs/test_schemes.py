@@ -18,7 +18,7 @@ from service.numerics.recipe import parse_recipe
 from service.numerics.schemes import ALIASES, NAMED, parse_scheme
 from service.reports.evaluate import TextIds, evaluate
 from service.reports.evaluate_options import Evaluation, parse_recipes
-from tests.docs.schemes import RESULTS, ROWS, bits_per_weight, table
+from tests.docs.schemes import RESULTS, ROWS, bits_per_weight, mixed_bits_per_weight, table
 from tests.floors import ROOT
 
 DOCUMENT = ROOT / "docs" / "schemes.md"
@@ -102,6 +102,13 @@ def test_bits_are_those_of_the_layout(scheme: str, bits: float) -> None:
     assert bits_per_weight(parse_scheme(scheme)) == bits
 
 
+@pytest.mark.parametrize(("base", "bits"), [("q4_k", 4.5), ("q5_k", 5.5)])
+def test_bits_of_a_mixed_scheme_are_those_of_its_layers(base: str, bits: float) -> None:
+    value, down, all_weights = 4096**2, 4096 * 11008, 4 * 4096**2 + 3 * 4096 * 11008
+    share = 16 / 32 * (value + down) / all_weights  # four layers first, four last, and eight between
+    assert mixed_bits_per_weight(parse_scheme(f"{base}_m")) == pytest.approx(bits + share * (6.5625 - bits))
+
+
 def test_divergences_are_near_those_of_plain_rounding(measured: dict[str, dict[str, Any]]) -> None:
     assert {name: measured[name]["kl_mean_nats"] for name in FAKE if _is_far(measured, name)} == {}
 
@@ -115,6 +122,17 @@ def test_losses_are_near_those_of_plain_rounding(measured: dict[str, dict[str, A
     assert unquantized == pytest.approx(UNQUANTIZED_PERPLEXITY, abs=1e-4)
     for name, (perplexity, _) in FAKE.items():
         assert measured[name]["perplexity"] - unquantized <= 1.05 * (perplexity - unquantized) + 0.02, name
+
+
+@pytest.mark.parametrize(
+    ("name", "max_kl", "min_top1"),
+    [("w8a16", 0.003, 0.985), ("q6_k", 0.008, 0), ("q4_k_m", 0.04, 0.92), ("q4_0", 0.09, 0)],
+)
+def test_divergence_and_agreement_are_within_what_is_usual(
+    name: str, max_kl: float, min_top1: float, measured: dict[str, dict[str, Any]]
+) -> None:
+    assert measured[name]["kl_mean_nats"] <= max_kl
+    assert measured[name]["top1_ratio"] >= min_top1
 
 
 def test_8_bits_lose_next_to_nothing(measured: dict[str, dict[str, Any]]) -> None:

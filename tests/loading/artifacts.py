@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from service.loading.artifact_cache import CacheOptions
 from service.loading.loader import LoadedModel, load_model
@@ -20,13 +20,36 @@ MEASURED = ("phase_seconds", "total_seconds", "peak_bytes", "resident_before_byt
 
 
 def load_through(
-    cache: Path, folder: Path, recipe: str = "w8a16", dtype: str = "float32", **options: Any
+    cache: Path,
+    folder: Path,
+    recipe: str = "w8a16",
+    dtype: str = "float32",
+    *,
+    verify: Literal["block", "full"] = "block",
+    limit_bytes: int = LIMIT_BYTES,
 ) -> LoadedModel:
     """Load with a cache, which nothing is written into yet."""
-    artifacts = CacheOptions(folder=cache, **({"limit_bytes": LIMIT_BYTES} | options))
-    return load_model(
-        LoadOptions(model=str(folder), recipe=parse_recipe(recipe), device="cpu", dtype=dtype, artifacts=artifacts),
-        LoadProgress(),
+    options = load_options(folder, cache, recipe, dtype, verify=verify, limit_bytes=limit_bytes)
+    return load_model(options, LoadProgress())
+
+
+def load_options(
+    folder: Path,
+    cache: Path,
+    recipe: str = "w8a16",
+    dtype: str = "float32",
+    *,
+    verify: Literal["block", "full"] = "block",
+    limit_bytes: int = LIMIT_BYTES,
+) -> LoadOptions:
+    """What such a load takes."""
+    return LoadOptions(
+        model=str(folder),
+        recipe=parse_recipe(recipe),
+        device="cpu",
+        dtype=dtype,
+        artifacts=CacheOptions(folder=cache, limit_bytes=limit_bytes),
+        verify=verify,
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -14,13 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from service.layers.fusion import fuse, watch_siblings
 from service.loading.artifact import DATA_NAME, MANIFEST_NAME
+from service.loading.artifact_load import LoadArtifact
+from service.loading.artifact_read import OpenArtifact
 from service.loading.artifact_writer import CacheWriter
+from service.loading.planning import find_model
+from service.loading.progress import LoadProgress
 from tests.loading.artifacts import (
     copied,
     entries,
     is_from_cache,
     lasting,
     load_and_save,
+    load_options,
     load_through,
     the_entry,
 )
@@ -142,6 +148,41 @@ def test_what_cannot_be_used_is_told_and_made_anew(
     assert second.uncached.save() is not None
     the_entry(cache)
     assert is_from_cache(load_through(cache, tiny, verify="full"))
+
+
+def test_what_was_read_of_a_damaged_artifact_is_not_held_while_it_is_made_anew(tiny: Path, cache: Path) -> None:
+    load_and_save(cache, tiny)
+    _flip(the_entry(cache))
+    options = load_options(tiny, cache)
+    source, served = find_model(options, LoadProgress())
+    gc.collect()
+    gc.disable()  # else it depends on when it runs
+    try:
+        before = _bytes_of_tensors()
+        with LoadArtifact(options, source, served, torch.float32) as artifact:
+            assert artifact.restore(options, served, torch.float32, LoadProgress()) is None
+        assert _bytes_of_tensors() == before
+    finally:
+        gc.enable()
+
+
+def _bytes_of_tensors() -> int:
+    """Of all that tensors of bytes look at."""
+    tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype is torch.uint8 and not tensor.is_meta)
+
+
+def test_a_damaged_artifact_that_another_process_reads_stays(tiny: Path, cache: Path) -> None:
+    load_and_save(cache, tiny)
+    entry = the_entry(cache)
+    _flip(entry)
+    loaded = load_through(cache, tiny)
+    assert loaded.uncached is not None
+    with OpenArtifact(entry):
+        assert loaded.uncached.save() is None
+    assert entries(cache) == [entry]
+    assert loaded.uncached.save() is not None
+    assert is_from_cache(load_through(cache, tiny))
 
 
 def test_the_whole_file_is_compared_if_asked_for(tiny: Path, cache: Path) -> None:

@@ -22,6 +22,7 @@ from service.loading.progress import LoadProgress
 from service.numerics.recipe import parse_recipe
 from tests.loading.artifacts import lasting, load_and_save, load_through, the_entry
 from tests.loading.support import load, logits
+from tests.loading.test_artifact import sign
 from tests.loading.test_text_part import write_multimodal
 
 RECIPE = "w4a16-g64,lm_head=w8a16-g64"
@@ -123,6 +124,11 @@ def test_a_damaged_export_is_not_served(exported: Path, tmp_path: Path) -> None:
         (tmp_path / path.name).write_bytes(content)
     with pytest.raises(ArtifactError, match=r"tensors.bin: damaged, the block at byte \d+ is not what was written"):
         load_model(options(tmp_path), LoadProgress())
+    (tmp_path / DATA_NAME).write_bytes((exported / DATA_NAME).read_bytes())
+    sign(tmp_path, sha256="0" * 64)
+    load_model(options(tmp_path), LoadProgress())
+    with pytest.raises(ArtifactError, match=r"tensors.bin: damaged, its sha256 is another"):
+        load_model(replace(options(tmp_path), verify="full"), LoadProgress())
     (tmp_path / MANIFEST_NAME).write_bytes(b"{}")
     with pytest.raises(ArtifactError, match="damaged"):
         load_model(options(tmp_path), LoadProgress())
@@ -156,6 +162,18 @@ def test_what_cannot_be_exported_is_told(
     assert error.startswith("pennyweight: ")
     assert re.search(message, error), error
     assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+def test_a_limit_of_loss_holds_for_what_is_written(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--quantize", "w4a16-g64", "--dtype", "float32", "--device", "cpu", "--threads", "1", "--json"]
+    command = ["quantize", str(original), "--output", str(tmp_path / "out"), *flags]
+    assert main([*command, "--max-kl", "1e-9"]) == 1
+    assert re.search(r"w4a16-g64 moves .* nats .*, --max-kl allows 1e-09; use a recipe", capsys.readouterr().err)
+    assert not any(tmp_path.iterdir())
+    assert main([*command, "--max-kl", "100"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["kl_mean_nats"] < 100
 
 
 def test_an_export_is_not_exported_again(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,22 +76,6 @@ def test_a_cache_that_cannot_be_written_keeps_no_model_from_loading(
     assert "the quantized model was not cached: " in caplog.text
 
 
-@pytest.fixture
-def as_nobody() -> Iterator[Callable[[Path], None]]:
-    """Make a folder readable only, also for root, who becomes another user for the rest of the test."""
-    uid = os.geteuid()
-
-    def protect(folder: Path) -> None:
-        for path in (folder, *folder.rglob("*"), *list(folder.parents)[:-2]):
-            path.chmod(path.stat().st_mode | 0o555)
-        folder.chmod(0o555)
-        if uid == 0:
-            os.seteuid(65534)
-
-    yield protect
-    os.seteuid(uid)
-
-
 def test_a_cache_that_can_only_be_read_is_read(
     tiny: Path, cache: Path, as_nobody: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,8 +22,8 @@ def cache_of(**settings: object) -> CacheOptions | None:
 
 
 def test_the_cache_lies_below_the_folder_of_the_hub_that_was_given(tmp_path: Path) -> None:
-    cache = cache_of(cache_dir=str(tmp_path), cache_limit="20GiB", verify="full")
-    assert cache == CacheOptions(folder=tmp_path / "pennyweight", limit_bytes=20 * 2**30, verify="full")
+    cache = cache_of(cache_dir=str(tmp_path), cache_limit="20GiB")
+    assert cache == CacheOptions(folder=tmp_path / "pennyweight", limit_bytes=20 * 2**30)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,16 @@ def test_else_in_the_cache_of_the_user(variables: dict[str, str], folder: str, m
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cache_of() == CacheOptions(folder=Path(folder, "pennyweight"), limit_bytes=32 * 2**30, verify="block")
+    assert cache_of() == CacheOptions(folder=Path(folder, "pennyweight"), limit_bytes=32 * 2**30)
 
 
 def test_a_limit_of_0_turns_it_off() -> None:
     assert cache_of(cache_limit=0) is None
+
+
+def test_what_is_verified_does_not_depend_on_the_cache() -> None:
+    assert load_options(Settings(verify="full", cache_limit=0)).verify == "full"
+    assert load_options(Settings(cache_limit=0)).verify == "block"
 
 
 def test_a_user_without_a_home_has_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

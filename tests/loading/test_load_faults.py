@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from service.errors import CheckpointError, ModelError
+from service.assembly import read_tokenizer
+from service.errors import CheckpointError, ModelError, ModelNotFound
 from service.loading.checkpoint import Checkpoint
 from service.loading.shards import PICKLE_SINGLE_NAME, SINGLE_NAME
 from tests.loading.support import load
@@ -50,6 +53,57 @@ def test_a_shard_that_was_cut_is_named(share: float, recipe: str, folder: Path) 
         file.truncate(int(second.stat().st_size * share))
     with pytest.raises(CheckpointError, match=f"{second.name} is not a whole safetensors file: .*; download"):
         load(folder, recipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+)
+def test_a_file_that_may_not_be_read_is_named(name: str, folder: Path, as_nobody: Callable[[Path], None]) -> None:
+    assert (folder / name).is_file()
+    as_nobody(folder)
+    with as_owner():
+        (folder / name).chmod(0)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be (read|used) \(Permission.*\); make it readable"):
+        load(folder, "w8a16")
+
+
+@contextmanager
+def as_owner() -> Iterator[None]:
+    """Within it a test is the user again that it began as."""
+    uid = os.geteuid()
+    os.seteuid(os.getuid())
+    try:
+        yield
+    finally:
+        os.seteuid(uid)
+
+
+def test_an_index_without_shards_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"index.json is damaged \(it names no shards\); download"):
+        load(folder, "w8a16")
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_generation_config_that_is_none_is_named(text: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"m: generation_config.json cannot be used .*; make it readable, down"):
+        load(folder, "w8a16")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_tokenizer_that_is_none_is_named(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match=r"m: its tokenizer does not load \(.*\); "):
+        read_tokenizer(folder, "m", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("model", ["~nobody-of-this-name/m", "m" * 4096, "./" + "m" * 300])
+def test_a_name_that_no_folder_can_have_is_not_found(model: str) -> None:
+    with pytest.raises(ModelNotFound, match=r"no such directory; give|neither a local directory nor a hub id"):
+        load(Path(model))
 
 
 def test_a_file_of_pickles_that_was_cut_is_named(folder: Path) -> None:

@@ -88,12 +88,15 @@ def test_chunks_do_not_change_a_bit(name: str, rows: int, columns: int, chunk: i
 
 
 @pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("rows", [700, 100], ids=["a chunk for each thread", "one chunk"])
 @pytest.mark.parametrize("name", [*SCHEMES, *MORE_SCHEMES, *WHOLE, *K_QUANTS])
-def test_threads_do_not_change_a_bit(name: str) -> None:
-    weight = normal(700, 1024)
+def test_threads_change_neither_a_bit_nor_the_sums(name: str, rows: int) -> None:
+    weight = normal(rows, 1024)
     by_four = encode(weight, parse_scheme(name))
     torch.set_num_threads(1)
-    assert same_buffers(by_four, encode(weight, parse_scheme(name)))
+    by_one = encode(weight, parse_scheme(name))
+    assert same_buffers(by_four, by_one)
+    assert (by_four.signal, by_four.noise) == (by_one.signal, by_one.noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -68,6 +68,24 @@ def test_the_cache_is_measured(tmp_path: Path) -> None:
     assert (hub["cache_dir"], hub["cache_bytes"], hub["is_writable"]) == (str(tmp_path), 1024, True)
 
 
+def test_the_cache_of_quantized_models_is_measured(tmp_path: Path) -> None:
+    for name in ("a" * 64, "b" * 64, "c" * 64 + ".tmp"):
+        (tmp_path / "pennyweight" / name).mkdir(parents=True)
+        (tmp_path / "pennyweight" / name / "tensors.bin").write_bytes(bytes(512))
+    found = _examine(cache_dir=str(tmp_path), cache_limit="1MiB").artifacts
+    folder = str(tmp_path / "pennyweight")
+    assert found == {
+        "cache_dir": folder,
+        "is_writable": True,
+        "count": 2,
+        "cache_bytes": 1024,
+        "limit_bytes": 2**20,
+    }
+    assert _examine(cache_dir=str(tmp_path), cache_limit=0).artifacts["cache_dir"] is None
+    missing = _examine(cache_dir=str(tmp_path / "none")).artifacts
+    assert (missing["count"], missing["is_writable"]) == (0, True)
+
+
 def test_a_cache_that_is_yet_to_be_made_is_writable_where_its_parent_is(tmp_path: Path) -> None:
     assert _examine(cache_dir=str(tmp_path / "a" / "b"), model="org/name").exit_code == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from service.api.text import encode_text
 from service.errors import DoesNotFit, ModelError, RecipeError, SettingError, UnsupportedModel
+from service.layers.linear import PackedLinear
 from service.loading.artifact import MANIFEST_NAME
 from service.loading.plan import Limits
 from service.loading.planning import LoadOptions
@@ -92,6 +94,27 @@ def test_progress_ends_with_all_of_it(checkpoint: Callable[[str], Path]) -> None
     assert [text for text, *_ in steps] == sorted((text for text, *_ in steps), key=["none", "w8a16", "nf4"].index)
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
     assert steps[-1] == ("nf4", 5, 5)
+
+
+def test_one_quantized_model_is_there_at_a_time(checkpoint: Callable[[str], Path]) -> None:
+    def count() -> int:
+        return sum(type(held) is PackedLinear for held in gc.get_objects())
+
+    def see(text: str, _num_done: int, _num_all: int) -> None:
+        if text not in counts:  # it begins
+            counts[text] = count() - before
+
+    counts: dict[str, int] = {}
+    evaluation = Evaluation(recipes=parse_recipes("w4a16;nf4"), max_windows=1)
+    options = LoadOptions(model=str(checkpoint("llama")), recipe=parse_recipe("none"), device="cpu")
+    gc.collect()
+    gc.disable()  # so that nothing but the evaluation itself lets go of a model
+    try:
+        before = count()
+        evaluate(evaluation, options, tokenize, see)
+        assert (counts, count()) == ({"none": 0, "w4a16-g64": 0, "nf4": 0}, before)
+    finally:
+        gc.enable()
 
 
 def test_windows_are_as_long_as_the_context(checkpoint: Callable[[str], Path]) -> None:
