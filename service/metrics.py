@@ -15,8 +15,8 @@ from typing import TypeVar
 from service import __version__
 from service.engine.sequence import FinishReason, SequenceTimings
 from service.engine.stats import EngineState, StepStats
-from service.loading import memory
 from service.loading.fidelity_report import Fidelity
+from service.loading.memory import ProcessMemory
 from service.loading.progress import LoadProgress, Phase
 from service.loading.report import LoadReport
 from service.series import Counter, Family, Gauge, Histogram, label_text
@@ -68,6 +68,7 @@ class Metrics:
         self._progress = progress
         self._labels = {"model": model, "scheme": scheme, "device": device}
         self._figures: ModelFigures | None = None
+        self._memory = ProcessMemory()
         self._load_text = ""
         self._own: list[Family] = []
         self._requests = self._counter("requests", "HTTP requests answered.", "route", "status")
@@ -152,7 +153,8 @@ class Metrics:
     def _gauges(self) -> Iterator[Family]:
         """What is read at each scrape."""
         yield _gauge("ready", "1 while the service takes requests.", float(self._is_ready()))
-        memory_bytes = {"rss": memory.resident_bytes(), "anon": memory.anonymous_bytes()}
+        resident, anonymous = self._memory.read()
+        memory_bytes = {"rss": resident, "anon": anonymous}
         if self._figures is not None:
             state = self._figures.engine_state()
             memory_bytes |= {"kv_cache": state.kv_cache_bytes, **self._figures.device_memory()}

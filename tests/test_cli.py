@@ -271,7 +271,7 @@ def test_a_model_that_is_not_there_is_not_planned(model: str, message: str, caps
     assert message in printed.err
 
 
-@pytest.mark.parametrize("words", [("plan", "--json"), ("plan",), ("serve", "--print-config"), ("--help",)])
+@pytest.mark.parametrize("words", [("plan", "--json"), ("serve", "--print-config"), ("--help",)])
 def test_a_reader_who_has_enough_ends_a_command_quietly(words: tuple[str, ...]) -> None:
     """As `pennyweight plan | head -1` does, whose pipe is closed before everything is written."""
     read, write = os.pipe()

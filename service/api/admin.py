@@ -16,7 +16,7 @@ from service.api.access import Access
 from service.api.answers import Alive, Build, ModelCard, ModelList, Readiness
 from service.api.errors import error_body, error_headers, error_response
 from service.api.openapi import SECURITY_SCHEMES, Responses, errors, guarded
-from service.api.routes import GuardedRoute
+from service.api.routes import GuardedRoute, PlainRoute
 from service.api.state import ServiceState
 from service.errors import Unavailable
 from service.loading.progress import Phase
@@ -34,14 +34,21 @@ def probe_router(state: ServiceState, access: Access) -> APIRouter:
     router = APIRouter()
     _add_probe_routes(router, state)
 
-    schemes = [Security(scheme) for scheme in SECURITY_SCHEMES] if access.metrics_key else []
-
-    @router.get("/metrics", response_class=PlainTextResponse, dependencies=schemes, responses=errors(401, 421))
     async def metrics(request: Request) -> Response:
         """Prometheus text."""
         access.check_host(request.headers)
         access.metrics_key.identify(request.headers)
         return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    router.add_api_route(
+        "/metrics",
+        metrics,
+        methods=["GET"],
+        response_class=PlainTextResponse,
+        dependencies=[Security(scheme) for scheme in SECURITY_SCHEMES] if access.metrics_key else [],
+        responses=errors(401, 421),
+        route_class_override=PlainRoute,
+    )
 
     @router.get("/version", response_model=None, responses={200: {"model": Build}})
     async def build() -> dict[str, str]:

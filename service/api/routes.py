@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.access import Access
@@ -48,6 +49,18 @@ class GuardedRoute(APIRoute):
     async def work(self, service: ServiceState, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a client that may ask."""
         await super().handle(scope, receive, send)
+
+
+class PlainRoute(APIRoute):
+    """Its endpoint takes the request and gives the response, and needs nothing of the layers around an endpoint."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As every route, which refuses other methods."""
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)
+            return
+        response: Response = await self.endpoint(Request(scope, receive))
+        await response(scope, receive, send)
 
 
 class JsonRoute(GuardedRoute):

@@ -20,7 +20,7 @@ def log_probs(model: PreTrainedModel, ids: Tensor, kv: KVBlocks) -> Tensor:
     table, length = torch.arange(num_blocks), torch.tensor([len(ids)])
     rows = Rows(table, torch.tensor([0, num_blocks]), length, length)
     span = Chunk(0, len(ids), position=0, first_slot=0, block_table=table[None])
-    keywords = {"use_cache": False, STEP_KEYWORD: Step(kv, positions, None, rows, [span])}
+    keywords = {"use_cache": False, STEP_KEYWORD: Step(kv, positions, None, rows, lambda: [span])}
     logits: Tensor = model(input_ids=ids[None], position_ids=positions[None], **keywords).logits
     return logits[0].float().log_softmax(-1)
 

@@ -68,6 +68,7 @@ PEAK_CONFIGS = {
 }
 
 
+@pytest.mark.e2e
 def test_a_load_of_a_tied_model_never_needs_more_than_was_planned(tmp_path: Path) -> None:
     peak, planned = measured(write_sparse_checkpoint(tmp_path / "model", PEAK_CONFIGS["tied"]), "w8a16")
     assert peak <= planned
