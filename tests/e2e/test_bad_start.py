@@ -28,11 +28,11 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     ("arguments", "environment", "message"),
     [
         (["serve", "--prot", "1"], {}, "--prot: no setting of version"),
-        (["serve"], {"PENNYWEIGHT_VERIFY": "x"}, "PENNYWEIGHT_VERIFY=x: not part of version"),
+        (["serve"], {"PENNYWEIGHT_VERIFY": "x"}, "PENNYWEIGHT_VERIFY x: must be 'block' or 'full'"),
         (["serve", "--config", "/nowhere"], {}, "--config /nowhere: cannot be read"),
         (["serve", "--host", "192.0.2.1"], {}, "--host 192.0.2.1 --port 8000: cannot listen there"),
     ],
-    ids=["unknown flag", "later variable", "missing file", "address"],
+    ids=["unknown flag", "value", "missing file", "address"],
 )
 def test_a_wrong_setting_is_2_with_one_line_and_no_traceback(
     arguments: list[str], environment: dict[str, str], message: str

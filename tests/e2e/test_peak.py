@@ -56,6 +56,7 @@ def serve_and_measure(folder: Path, recipe: str, fidelity: str = "off", *more: s
     return LoadFigures(peak_bytes, int(planned[1]), report, float(exported[1]))
 
 
+@pytest.mark.nightly
 def test_neither_writing_into_the_cache_nor_starting_from_it_takes_more(large_checkpoint: Path, tmp_path: Path) -> None:
     cache = ("--cache-dir", str(tmp_path), "--cache-limit", "4GiB", "--fidelity", "off", "--dtype", "bfloat16")
     with ready(str(large_checkpoint), *cache, "--kv-memory", "64MiB") as (server, _):
@@ -80,6 +81,7 @@ def test_the_peak_until_ready_is_the_quantized_size_and_at_most_200_mb(large_che
     assert exported_peak == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.nightly
 def test_a_comparison_that_goes_first_stays_within_the_plan(large_checkpoint: Path) -> None:
     peak, planned, report, _ = serve_and_measure(large_checkpoint, "w8a16", "before-ready")
     assert report["fidelity"]["state"] == "done"

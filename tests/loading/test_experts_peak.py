@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+pytestmark = pytest.mark.e2e
+
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, INNER = 2, 32, 1024, 768
 MERGED_BYTES = NUM_EXPERTS * 2 * INNER * HIDDEN * 2
 """Gate and up of all experts of one layer, which are merged into one tensor unless they are quantized."""

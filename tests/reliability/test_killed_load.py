@@ -18,6 +18,7 @@ PHASES = ["now download", "now plan", "now load", "now warmup", "ready: "]
 """What the log says when a phase begins; after the last one the quantized model is written into the cache."""
 
 
+@pytest.mark.nightly
 def test_after_a_kill_in_any_phase_the_next_start_serves_the_same_weights(tmp_path: Path) -> None:
     folder = write_checkpoint("llama", tmp_path / "m", hidden_size=512, intermediate_size=1024, num_hidden_layers=4)
     expected = load(folder, "w8a16").report.weight_hash
