@@ -40,7 +40,7 @@ void check_arguments() {
     check_refused(int8, "groups of 8", [](Call &c) { c.weight.group_size = 8; });
     check_refused(int8, "groups of -16", [](Call &c) { c.weight.group_size = -16; });
     check_refused(int8, "an unknown format", [](Call &c) { c.weight.format = 3; });
-    check_refused(int8, "unknown scales", [](Call &c) { c.weight.scale_type = 2; });
+    check_refused(int8, "unknown scales", [](Call &c) { c.weight.scale_type = 3; });
     check_refused(int8, "no outputs", [](Call &c) { c.weight.out_features = 0; });
     check_refused(int8, "no columns", [](Call &c) { c.weight.in_features = 0; });
     check_refused(int8, "more columns than memory", [](Call &c) { c.weight.in_features = INT64_MAX; });
