@@ -113,7 +113,10 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     folder = tmp_path_factory.mktemp("prometheus")
     port = free_port()
     with ExitStack() as stack:
-        clients = [stack.enter_context(ready("--quantize", scheme, "--fidelity", "before-ready"))[1] for scheme in sorted(SCHEMES)]
+        clients = [
+            stack.enter_context(ready("--quantize", scheme, "--fidelity", "before-ready"))[1]
+            for scheme in sorted(SCHEMES)
+        ]
         config = write_config(folder, [f"{client.base_url.host}:{client.base_url.port}" for client in clients])
         log = stack.enter_context((folder / "log").open("w"))
         process = subprocess.Popen(
